@@ -1,0 +1,785 @@
+"""Plumbing that the six stages share: rows on disk, seeds, chats, and the two kinds of model. No algorithm is in here.
+
+    rows      read_rows, read_tasks, read_personas, read_gold, read_conversations, all_pairs, Rows, write_results
+    chats     response_form, prompt_ids, supervised_ids, scored_ids
+    models    open_model("mistralai/Mistral-7B-Instruct-v0.2")   a folder or hub name: Hugging Face, on this machine
+              open_model("openai:gpt-5@https://my.server/v1")    any OpenAI-compatible server ("@URL" is optional)
+
+Both kinds of model have `generate(requests)`, which yields replies in the order in which they are done; the local
+kind also has `score(examples)`, the one log-probability function of the project.
+torch and transformers are imported where they are needed: `--help` and bad input answer at once.
+"""
+import argparse
+import asyncio
+import fcntl
+import hashlib
+import json
+import os
+import re
+import sys
+from collections import defaultdict
+from glob import glob, escape
+from itertools import islice
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+
+def fail(message):
+    """Bad input: one line that says where, what, and what to do; exit status 2."""
+    print(f"{Path(sys.argv[0]).name}: error: {message}", file=sys.stderr, flush=True)
+    raise SystemExit(2)
+
+
+def seed_for(*parts):
+    """A number below 2**31 that depends on its parts alone: the same row gets the same randomness in any order of
+    work, on any number of processes, before and after a restart."""
+    return int.from_bytes(hashlib.sha256(json.dumps(parts).encode()).digest()[:4], "big") >> 1
+
+
+# ---------------------------------------------------------------- rows: one JSON object a line
+
+def conversation_error(turns):
+    """What is wrong with a conversation (question first, answer last, in turn), or None."""
+    if type(turns) is not list or not all(type(turn) is dict and type(turn.get("content")) is str and
+                                          turn.get("role") in ("assistant", "user") for turn in turns):
+        return 'is not a list of {"role": "assistant" or "user", "content": text}'
+    if not turns or [turn["role"] for turn in turns] != ["assistant", "user"] * (len(turns) // 2):
+        return "does not go question (assistant), answer (user), in turn, from a question to an answer"
+
+
+def read_rows(path, fields, key, optional=()):
+    """Yields the rows of a JSONL file, checked; the first bad line ends the program.
+
+    fields: {name: type, tuple of types, or a function that returns what is wrong}; key: the names that tell rows
+    apart. A row with `refused` needs its key alone: a model or server declined it, and the caller leaves it out.
+    """
+    path, seen = Path(path), {}
+    if not path.exists() and unfinished(path):
+        fail(f"{path}: not finished: the stage that writes it was interrupted. Start that stage again; it goes on.")
+    try:
+        file = open(path, "rb")
+        file.peek(1) if path.is_file() else fail(f"{path}: not a file. Give the path of a JSONL file.")
+    except OSError as error:
+        fail(f"{path}: {error.strerror}. Run the stage that writes this file first, or correct the path.")
+    with file:
+        for number, line in enumerate(file, 1):
+            where = f"{path}, line {number}"
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line.decode("utf-8"))
+            except UnicodeDecodeError:
+                fail(f"{where}: not UTF-8. Save the file as UTF-8.")
+            except (ValueError, RecursionError) as error:
+                fail(f"{where}: not JSON ({error}). Each line must be one JSON object.")
+            if type(row) is not dict:
+                fail(f"{where}: a JSON {type(row).__name__} where an object is expected. Each line must be one object.")
+            for name, kind in fields.items():
+                if "refused" in row and name not in key:
+                    continue
+                if name not in row:
+                    fail(f"{where}: no field {name!r}. The README lists the fields of each file.")
+                wrong = kind(row[name]) if callable(kind) and not isinstance(kind, type) else (
+                    None if type(row[name]) in (kind if isinstance(kind, tuple) else (kind,)) else
+                    f"is {json.dumps(row[name])[:40]}, not of type {getattr(kind, '__name__', kind)}")
+                if wrong:
+                    fail(f"{where}: field {name!r} {wrong}. Correct that line.")
+            identity = tuple(row[name] for name in key)
+            if identity in seen:
+                fail(f"{where}: the same {', '.join(key)} as on line {seen[identity]}: {identity}. Remove one of them.")
+            seen[identity] = number
+            yield row
+
+
+def read_tasks(path):
+    """{task_id: row} with `task_id`, `split`, `task`."""
+    return {row["task_id"]: row for row in read_rows(path, {"task_id": str, "split": str, "task": str}, ("task_id",))}
+
+
+def read_personas(path):
+    """{persona_id: row} with `persona_id`, `split`, `name`, `persona`."""
+    fields = {"persona_id": str, "split": str, "name": str, "persona": str}
+    return {row["persona_id"]: row for row in read_rows(path, fields, ("persona_id",))}
+
+
+def read_gold(path):
+    """{(task_id, persona_id): gold response}; None where the Oracle refused. An empty gold is a refusal."""
+    fields = {"task_id": str, "persona_id": str, "gold": str}
+    return {pair_of(row): None if "refused" in row else row["gold"].strip() or None
+            for row in read_rows(path, fields, ("task_id", "persona_id"))}
+
+
+def read_conversations(path, **more):
+    """Yields the rows `task_id`, `persona_id`, `sample`, `conversation` (and `more` fields); also the refused ones."""
+    fields = {"task_id": str, "persona_id": str, "sample": int, "conversation": conversation_error, **more}
+    return read_rows(path, fields, ("task_id", "persona_id", "sample"))
+
+
+def known(row, tasks, personas, path):
+    """(task row, persona row) of a row's ids; an id that is in neither file ends the program."""
+    if row["task_id"] not in tasks or row["persona_id"] not in personas:
+        fail(f"{path}: task {row['task_id']!r} or persona {row['persona_id']!r} is not among the given --tasks and "
+             f"--personas. Give the files from which {path} was made.")
+    return tasks[row["task_id"]], personas[row["persona_id"]]
+
+
+def pair_of(row):
+    return row["task_id"], row["persona_id"]
+
+
+def key_of(row):
+    return row["task_id"], row["persona_id"], row["sample"]
+
+
+def all_pairs(tasks, personas, split, limit=None, seed=0):
+    """The (task row, persona row) pairs of a split: the full product, or a seeded sample of `limit` of them.
+
+    Samples are nested: the pairs of --limit 10 are among those of --limit 20, so that a short run can be prolonged.
+    """
+    for what, rows in (("task", tasks.values()), ("persona", personas.values())):
+        if not any(row["split"] == split for row in rows):
+            found = ", ".join(sorted({row["split"] for row in rows})) or "none"
+            fail(f"--split {split}: no {what} has this split (there are: {found}). Name one of those.")
+    pairs = [(task, persona) for task in tasks.values() if task["split"] == split
+             for persona in personas.values() if persona["split"] == split]
+    ids = [(task["task_id"], persona["persona_id"]) for task, persona in pairs]
+    kept = set(sample_pairs(ids, limit, seed))
+    return [pair for pair, pair_ids in zip(pairs, ids) if pair_ids in kept]
+
+
+def sample_pairs(ids, limit, seed):
+    """A seeded sample of `limit` of some (task_id, persona_id); all of them if limit is None."""
+    return ids if limit is None else sorted(ids, key=lambda pair: (seed_for(seed, "limit", *pair), pair))[:limit]
+
+
+def unfinished(path):
+    """The part files of a stage that was interrupted, or is still running."""
+    return sorted(glob(escape(str(path)) + ".part-*"))
+
+
+def fingerprint(path):
+    """Twelve hex digits that change when an input's content may have changed: a hash of the settings with which a
+    stage wrote it (so that it may grow under a larger --limit) or, for other people's files, of the file itself."""
+    settings = Path(f"{path}.settings.json")
+    source = settings if settings.exists() else Path(path)
+    return hashlib.sha256(source.read_bytes()).hexdigest()[:12] if source.is_file() else None
+
+
+def check_settings(output, settings):
+    """Keeps OUTPUT.settings.json beside an output; refuses to add to rows that were made with other settings.
+
+    settings: whatever changes the content of rows; not the limit, batch size, device, URL or concurrency.
+    """
+    path = Path(f"{output}.settings.json")
+    settings = json.loads(json.dumps(settings))
+    if path.exists():
+        old = json.loads(path.read_text())
+        differ = [f"{k}: {old.get(k)!r} there, {settings.get(k)!r} now" for k in sorted({*old, *settings})
+                  if old.get(k) != settings.get(k)]
+        if differ:
+            fail(f"{output} was made with other settings ({'; '.join(differ)}). Give another --output, or delete "
+                 f"{output}, its .part-* files and its .settings.json.")
+    elif Path(output).exists():
+        fail(f"{output} exists without {path.name}, so this stage did not write it. Give another --output.")
+    else:
+        write_whole(path, json.dumps(settings, indent=1, ensure_ascii=False) + "\n")
+
+
+def write_whole(path, text):
+    """Writes a file beside its place and renames it: readers see the old file or the new one, never half of one."""
+    temporary = Path(f"{path}.tmp")
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, path)
+
+
+class Rows:
+    """The output of a stage. PATH holds finished rows in canonical order; while a stage runs, process r adds the rows
+    that it has done to PATH.part-r. A killed run leaves its parts, and the next run takes them up: `key in rows`."""
+
+    def __init__(self, path, key, settings, processes):
+        self.path, self.key, self.processes = Path(path), key, processes
+        if processes.is_main_process:
+            try:
+                self.path.parent.mkdir(parents=True, exist_ok=True)
+                check_settings(self.path, settings)
+                self.lock = open(f"{path}.settings.json")        # held as long as this program runs
+                fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                if unfinished(path):
+                    self._merge(unfinished(path), f"{path}.part-0")
+            except BlockingIOError:
+                fail(f"{path}: another run is writing this output. Wait for it, or give another --output.")
+            except OSError as error:
+                fail(f"{path}: {error.strerror}. Give an --output in a folder that can be written.")
+        processes.wait_for_everyone()
+        self.done = {self._identity(line) for file in (self.path, f"{path}.part-0") if Path(file).exists()
+                     for line in open(file, encoding="utf-8")}
+        processes.wait_for_everyone()
+        self.part = None
+
+    def _identity(self, line):
+        row = json.loads(line)
+        return tuple(row[name] for name in self.key)
+
+    def __contains__(self, key):
+        return key in self.done
+
+    def add(self, rows):
+        """Saves rows at once; those that are there already are left as they are."""
+        self.part = self.part or open(f"{self.path}.part-{self.processes.process_index}", "a", encoding="utf-8")
+        for row in rows:
+            key = tuple(row[name] for name in self.key)
+            if key not in self.done:
+                self.part.write(json.dumps(row, ensure_ascii=False) + "\n")
+                self.done.add(key)
+        self.part.flush()
+
+    def _merge(self, sources, target):
+        """Sorts the lines of all sources by key into target. A line that a kill has torn has no line end: it goes."""
+        lines = {}
+        for source in sources:
+            with open(source, "rb") as file:
+                for line in file:
+                    if line.endswith(b"\n"):
+                        lines.setdefault(self._identity(line), line.decode("utf-8"))
+        write_whole(target, "".join(lines[key] for key in sorted(lines)))
+        for source in sources:
+            if Path(source) not in (Path(target), self.path):
+                os.remove(source)
+
+    def complete(self, keys, what, results, to_row, show=None):
+        """Makes the rows that are missing, saves each as it comes, and finishes.
+
+        keys: of all rows wanted; what: for the progress bar; results: called if any row is missing, with the set of
+        indices that are done, yields (index, value); to_row: (index, value) -> row; show: row -> text, for one sample.
+        """
+        done = {i for i, key in enumerate(keys) if key in self}
+        bar = progress(len(keys), what, self.processes, len(done))
+        for i, value in results(done) if len(done) < len(keys) else ():
+            row = to_row(i, value)
+            self.add([row])
+            bar.update((i not in done) * self.processes.num_processes)
+            if show:
+                say(self.processes, f"\n{show(row)}\n")
+                show = None
+        bar.close()
+        self.finish()
+
+    def read(self):
+        """Yields all rows that are saved, in canonical order once the stage is finished."""
+        for file in (self.path, *map(Path, unfinished(self.path))):
+            if file.exists():
+                with open(file, encoding="utf-8") as lines:
+                    yield from map(json.loads, lines)
+
+    def tally(self, *fields):
+        """(number of rows, number of rows that have field, ...)."""
+        counts = [0] * (1 + len(fields))
+        for row in self.read():
+            counts = [count + 1 if i == 0 or fields[i - 1] in row else count for i, count in enumerate(counts)]
+        return counts
+
+    def finish(self):
+        """Joins the parts of all processes into PATH."""
+        if self.part:
+            self.part.close()
+        self.processes.wait_for_everyone()
+        if self.processes.is_main_process and unfinished(self.path):
+            self._merge([file for file in (self.path, *unfinished(self.path)) if Path(file).exists()], self.path)
+        self.processes.wait_for_everyone()
+
+
+RESULT_KEY = ("variant", "iteration", "metric", "condition", "roleplayer", "split")
+
+
+def read_results(path):
+    """Rows of results.jsonl: RESULT_KEY + `mean`, `sem`, `n`."""
+    number = (int, float, type(None))
+    fields = {**dict.fromkeys(RESULT_KEY, str), "iteration": int, "mean": number, "sem": number, "n": int}
+    return list(read_rows(path, fields, RESULT_KEY)) if Path(path).exists() else []
+
+
+def write_results(path, rows):
+    """Adds rows to results.jsonl; a row for the same combination of RESULT_KEY is replaced. Returns all rows."""
+    results = {tuple(row[k] for k in RESULT_KEY): row for row in [*read_results(path), *rows]}
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    write_whole(path, "".join(json.dumps(results[key]) + "\n" for key in sorted(results)))
+    return [results[key] for key in sorted(results)]
+
+
+# ---------------------------------------------------------------- chats: lists of messages until the tokenizer
+
+def response_form(name, task, conversation, persona=None):
+    """Figure 17: the conversation without the elicitation prompt, the task repeated at the end of the last answer, to
+    ask for a response and not for another question. `select`, `train` and `evaluate` see a conversation in this form.
+
+    With no conversation it is the negative control; with a persona in the first turn, the positive control.
+    """
+    about = f" Here is some information about me:\n\n{persona}" if persona is not None else ""
+    chat = [{"role": "user", "content": f"My name is {name}.{about}\n\n{task}"}, *map(dict, conversation)]
+    if conversation:
+        chat[-1]["content"] += f"\n\n{task}"
+    return chat
+
+
+def fold_system(chat):
+    """Puts a system text into the first user message: Gemma and Mistral know no system role."""
+    if chat[0]["role"] != "system":
+        return chat
+    return [{"role": "user", "content": chat[0]["content"] + "\n\n" + chat[1]["content"]}, *chat[2:]]
+
+
+class Rendered(NamedTuple):
+    text: str                       # the chat template's output
+    hostile: list                   # character spans in which a message spells a special token: "</s>", "[INST]"
+
+
+def render(tokenizer, chat, ask=False):
+    """A chat as text; `ask` ends it with the template's invitation to the assistant."""
+    special = sorted(set(tokenizer.all_special_tokens), key=len, reverse=True)
+    spelled = re.compile("|".join(map(re.escape, special)) or "(?!)")
+    # While the template runs, each spelled special token is one private character, so that we know where it ends up.
+    stand_in = {token: chr(0xF0000 + i) for i, token in enumerate(special)}
+    quiet = [{**m, "content": spelled.sub(lambda m: stand_in[m.group()], m["content"])} for m in fold_system(chat)]
+    try:
+        text = tokenizer.apply_chat_template(quiet, tokenize=False, add_generation_prompt=ask)
+    except Exception as error:      # templates raise jinja2's errors of many kinds
+        fail(f"{tokenizer.name_or_path}: its chat template cannot render the conversation ({error}). "
+             "Use an instruction-tuned model with a chat template.")
+    pieces, hostile, length = re.split(f"([{chr(0xF0000)}-{chr(0xF0000 + len(special))}])", text), [], 0
+    for i, piece in enumerate(pieces):
+        if i % 2:
+            pieces[i] = piece = special[ord(piece) - 0xF0000]
+            hostile.append((length, length + len(piece)))
+        length += len(piece)
+    return Rendered("".join(pieces), hostile)
+
+
+def tokenize(tokenizer, rendered):
+    """(ids, character spans) of a rendered chat; BOS stands once, and text that spells a special token stays text."""
+    encoded = tokenizer(rendered.text, add_special_tokens=False, return_offsets_mapping=True)   # the template has BOS
+    ids, spans = encoded["input_ids"], encoded["offset_mapping"]
+    for start, end in reversed(rendered.hostile):
+        at = [i for i, (a, b) in enumerate(spans) if a <= start and end <= b and ids[i] in tokenizer.all_special_ids]
+        for i in at:
+            spelled = tokenizer(rendered.text[start:end], add_special_tokens=False, split_special_tokens=True)
+            ids[i:i + 1], spans[i:i + 1] = spelled["input_ids"], [(start, end)] * len(spelled["input_ids"])
+    assert ids[:2] != [tokenizer.bos_token_id] * 2, "BOS stands twice"
+    return ids, spans
+
+
+def prompt_ids(tokenizer, chat):
+    """The ids of a chat that ends with the user, ready for the assistant to go on."""
+    return tokenize(tokenizer, render(tokenizer, chat, ask=True))[0]
+
+
+def assistant_turns(tokenizer, chat):
+    """ids of a whole chat and, for each assistant turn, the token range (first, end of its text, end with its
+    end-of-turn token). Works on character spans, for every template: token prefixes would fail where a tokenizer
+    merges across the border of a turn, and nearly no real template marks its assistant turns."""
+    chat = fold_system(chat)
+    whole = render(tokenizer, chat)
+    ids, spans = tokenize(tokenizer, whole)
+    turns = []
+    for i, message in enumerate(chat):
+        if message["role"] != "assistant":
+            continue
+        before = render(tokenizer, chat[:i], ask=True).text
+        content = message["content"].strip()                    # half of the templates strip it
+        start = whole.text.find(content, len(before))
+        if not whole.text.startswith(before) or start < 0:
+            fail(f"{tokenizer.name_or_path}: its chat template rewrites earlier turns, so the assistant's turns cannot "
+                 "be found in the whole. Use a model whose template keeps them.")
+        if not whole.text[len(before):start].strip():
+            start = len(before)                                 # a blank before the text belongs to the turn
+        stop = whole.text.index(content, start) + len(content)
+        first = next((t for t, (a, b) in enumerate(spans) if b > start), len(ids))
+        end = next((t for t, (a, b) in enumerate(spans) if a >= stop and t >= first), len(ids))
+        close = next((t for t in range(end, len(ids)) if whole.text[slice(*spans[t])].strip()), len(ids))
+        closes = close < len(ids) and ids[close] in tokenizer.all_special_ids
+        turns.append((first, end, close + 1 if closes else end))
+    return ids, turns
+
+
+def supervised_ids(tokenizer, chat):
+    """(ids, labels) of a training example: labels are the ids on every assistant turn with its end-of-turn token, and
+    -100 elsewhere. Both are lists of T integers."""
+    ids, turns = assistant_turns(tokenizer, chat)
+    labels = [-100] * len(ids)
+    for first, _, end in turns:
+        labels[first:end] = ids[first:end]
+    return ids, labels
+
+
+def scored_ids(tokenizer, chat):
+    """(ids, n) for `score`: ids end with the last token of the last assistant turn's text, of which there are n; the
+    end-of-turn token is not counted (the published run counted neither BOS nor EOS)."""
+    ids, turns = assistant_turns(tokenizer, chat)
+    first, end, _ = turns[-1]
+    return ids[:end], end - first
+
+
+# ---------------------------------------------------------------- models
+
+class Request(NamedTuple):
+    chat: list                      # messages; ends with the user
+    seed: int = 0                   # the randomness of this one reply
+
+
+class Reply(NamedTuple):
+    text: str
+    refused: str = None             # why a server gave no answer: a row to record, not an error
+    cut: bool = False               # ran into max_tokens
+
+
+class OneProcess:
+    """Stands for Accelerate's Accelerator in a stage that holds no model."""
+    process_index, num_processes, is_main_process = 0, 1, True
+
+    def wait_for_everyone(self):
+        pass
+
+
+def start_processes(*models):
+    """The Accelerator of this process if one of the models is local, else OneProcess."""
+    world = int(os.environ.get("WORLD_SIZE", 1))
+    if all(model is None or model.startswith("openai:") for model in models):
+        processes = OneProcess()
+    else:
+        from datetime import timedelta
+        from accelerate import Accelerator, InitProcessGroupKwargs
+        processes = Accelerator(kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(days=2))])
+    if world != processes.num_processes:                        # or every one of them would write the same rows
+        fail(f"WORLD_SIZE is {world}, but this process is one of {processes.num_processes}. On CPUs start with "
+             "ACCELERATE_USE_CPU=true torchrun --nproc_per_node 2; a stage without a local model runs as one process.")
+    return processes
+
+
+def model_name(spec):
+    """What settings and results record of a model: its name without the URL; for a folder that train.py wrote, with the
+    fingerprint of its settings, so that a model trained anew is another one."""
+    if spec.startswith("openai:"):
+        return spec.removeprefix("openai:").split("@http")[0]
+    return f"{spec} ({fingerprint(spec)})" if fingerprint(spec) else spec
+
+
+def fingerprints(args, *names):
+    """{name: fingerprint of the file that the flag of this name gives}, for settings."""
+    return {name: fingerprint(getattr(args, name)) for name in names}
+
+
+def open_model(spec, args, processes):
+    """A model by its string: "openai:MODEL", "openai:MODEL@URL", a local folder or a hub name."""
+    return ServerModel(spec, args) if spec.startswith("openai:") else LocalModel(spec, args, processes)
+
+
+class ServerModel:
+    """A model behind an OpenAI-compatible server. The key comes from OPENAI_API_KEY, the URL from the model's string or
+    OPENAI_BASE_URL. The client itself repeats a call after 429, 5xx, dropped connections and timeouts, 8 times."""
+
+    def __init__(self, spec, args):
+        from openai import AsyncOpenAI
+        self.name, _, url = spec.removeprefix("openai:").partition("@http")
+        url = "http" + url if url else os.environ.get("OPENAI_BASE_URL")
+        key = os.environ.get("OPENAI_API_KEY") or ("none" if url else fail(
+            f"{spec}: no key. Set OPENAI_API_KEY, or name a server of your own: {spec}@http://127.0.0.1:8000/v1"))
+        self.url, self.args = url or "https://api.openai.com/v1", args
+        self.loop = asyncio.new_event_loop()
+        self.client = AsyncOpenAI(base_url=url, api_key=key, max_retries=8, timeout=args.timeout)
+
+    async def _ask(self, index, request, temperature, top_p, max_tokens):
+        import openai
+        chat = fold_system(request.chat) if self.args.system == "fold" else request.chat
+        usual = {"temperature": temperature, "top_p": top_p, "max_tokens": max_tokens, "seed": request.seed}
+        extra = self.args.extra                                 # {"max_tokens": null} takes an argument away
+        try:
+            answer = await self.client.chat.completions.create(
+                model=self.name, messages=chat, **{k: v for k, v in usual.items() if k not in extra},
+                extra_body={k: v for k, v in extra.items() if v is not None})
+        except openai.BadRequestError as error:
+            if error.code == "content_filter":                  # Azure's filter on prompts
+                return index, Reply("", "content_filter (prompt)")
+            fail(f"openai:{self.name} at {self.url} refuses the request: {error.message}. --extra changes arguments.")
+        except openai.APIStatusError as error:
+            fail(f"openai:{self.name} at {self.url} answers {error.status_code}: {error.message}. "
+                 "What is done is kept: correct the key, the model's name or the URL, and start again.")
+        except openai.APIConnectionError as error:
+            fail(f"openai:{self.name}: no answer from {self.url} ({error}). What is done is kept: start the server, or "
+                 "correct the URL or --timeout, and start again.")
+        if not answer.choices:
+            return index, Reply("", "no choices in the answer")
+        choice = answer.choices[0]
+        if choice.finish_reason == "content_filter" or getattr(choice.message, "refusal", None):
+            return index, Reply("", choice.message.refusal or "content_filter (answer)")
+        return index, Reply((choice.message.content or "").strip(), None, choice.finish_reason == "length")
+
+    def generate(self, requests, temperature, top_p, max_tokens, skip=(), share=OneProcess):
+        """Yields (index, Reply) as answers arrive, with at most --concurrency requests under way. `skip`: indices that
+        need no reply. `share`: the processes among which the requests are dealt."""
+        todo = [i for i in range(len(requests)) if i not in skip][share.process_index::share.num_processes]
+        waiting, running = iter(todo), set()
+        try:
+            while True:
+                for i in islice(waiting, self.args.concurrency - len(running)):
+                    running.add(self.loop.create_task(self._ask(i, requests[i], temperature, top_p, max_tokens)))
+                if not running:
+                    return
+                done, running = self.loop.run_until_complete(
+                    asyncio.wait(running, return_when=asyncio.FIRST_COMPLETED))
+                yield from (task.result() for task in done)
+        finally:
+            for task in running:
+                task.cancel()
+
+
+class LocalModel:
+    """A Hugging Face causal language model with its tokenizer, on this process's device."""
+
+    def __init__(self, path, args, processes):
+        self.model, self.tokenizer = load_model(path, args.dtype), load_tokenizer(path)
+        self.model.to(processes.device).eval()
+        self.name, self.batch_size = path, args.batch_size
+        # A checkpoint's own generation_config may carry top_k or a repetition penalty: only the caller's words count.
+        from transformers import GenerationConfig
+        self.stops = stop_ids(self.tokenizer, self.model.generation_config)
+        self.pad = self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else self.stops[0]
+        self.model.generation_config = GenerationConfig(eos_token_id=self.stops, pad_token_id=self.pad)
+
+    def _left_pad(self, rows):
+        """Lists of ids -> ids (B, L) and mask (B, L), padded on the left: all rows end in the last column."""
+        import torch
+        ids, mask = np.full((len(rows), max(map(len, rows))), self.pad), np.zeros((len(rows), max(map(len, rows))), int)
+        for b, row in enumerate(rows):
+            ids[b, -len(row):], mask[b, -len(row):] = row, 1    # from lengths: pad may well be a real token (EOS)
+        return torch.from_numpy(ids).to(self.model.device), torch.from_numpy(mask).to(self.model.device)
+
+    def _fits(self, tokens):
+        room = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+        if room and tokens > room:
+            fail(f"{self.name}: {tokens} tokens are needed, but the model has room for {room}. "
+                 "Shorten the texts, lower the flag for the longest answer, or use a model with a longer context.")
+
+    def generate(self, requests, temperature, top_p, max_tokens, skip=(), share=OneProcess):
+        """Yields (index, Reply) batch by batch. Batches depend on the whole list, not on what is done already: with the
+        same batch size a restart computes the very same matrices. `skip` and `share` as in ServerModel."""
+        prompts = [prompt_ids(self.tokenizer, request.chat) for request in requests]
+        self._fits(max(map(len, prompts), default=0) + max_tokens)
+        order = sorted(range(len(prompts)), key=lambda i: (-len(prompts[i]), prompts[i], i))     # longest first
+        batches = [order[i:i + self.batch_size] for i in range(0, len(order), self.batch_size)]
+        batches = [batch for batch in batches if any(i not in skip for i in batch)]
+        for batch in batches[share.process_index::share.num_processes]:
+            seeds = [requests[i].seed for i in batch]
+            yield from zip(batch, self._replies([prompts[i] for i in batch], seeds, temperature, top_p, max_tokens))
+
+    def _replies(self, prompts, seeds, temperature, top_p, max_tokens):
+        """B lists of ids -> B replies, by plain `generate`. Equal prompts (the n samples of a first turn) are prefilled
+        once, and their cache is copied."""
+        import torch
+        from transformers import DynamicCache
+        ids, mask = self._left_pad(prompts)
+        unique = list(dict.fromkeys(map(tuple, prompts)))
+        more = {}
+        if len(unique) < len(prompts):
+            cache = DynamicCache(config=self.model.config)
+            u_ids, u_mask = self._left_pad(unique)
+            with torch.inference_mode():                        # all but the last token, which `generate` feeds itself
+                self.model(u_ids[:, :-1], attention_mask=u_mask[:, :-1], position_ids=positions(u_mask)[:, :-1],
+                           past_key_values=cache, use_cache=True, logits_to_keep=1)
+            place = {prompt: u for u, prompt in enumerate(unique)}
+            cache.batch_select_indices(torch.tensor([place[tuple(p)] for p in prompts], device=ids.device))
+            more["past_key_values"] = cache
+        if temperature > 0:
+            draws = np.stack([np.random.default_rng(seed).random(max_tokens) for seed in seeds])
+            draws = torch.from_numpy(draws).to(self.model.device, torch.float32)
+            more["logits_processor"] = [nucleus_sampling(draws, temperature, top_p, ids.shape[1])]
+        out = self.model.generate(ids, attention_mask=mask, do_sample=False, max_new_tokens=max_tokens, **more)
+        for row in out[:, ids.shape[1]:].tolist():
+            stop = next((t for t, token in enumerate(row) if token in self.stops), len(row))
+            yield Reply(self.tokenizer.decode(row[:stop], skip_special_tokens=True).strip(), None, stop == max_tokens)
+
+    def score(self, examples, tokens_per_batch, skip=(), share=OneProcess):
+        """Yields (index, log-probability in nats): the sum over the last n tokens of ids, for examples (ids, n).
+
+        Examples are sorted by length and batched under a token budget. Left padding lets all scored tokens end in the
+        last column, so that logits are computed for the last max(n) + 1 positions alone.
+        """
+        import torch
+        import torch.nn.functional as F
+        self._fits(max((len(ids) for ids, _ in examples), default=0))
+        batches = [b for b in budget_batches([len(ids) for ids, _ in examples], tokens_per_batch)
+                   if any(i not in skip for i in b)]
+        for batch in batches[share.process_index::share.num_processes]:
+            ids, mask = self._left_pad([examples[i][0] for i in batch])
+            n = torch.tensor([examples[i][1] for i in batch], device=ids.device)
+            keep = int(n.max())
+            with torch.inference_mode():
+                logits = self.model(ids, attention_mask=mask, position_ids=positions(mask),
+                                    logits_to_keep=keep + 1).logits[:, -keep - 1:-1].float()          # (B, keep, V)
+                # log p(g_t | context, g_<t); columns left of a row's own n tokens belong to its context
+                log_p = -F.cross_entropy(logits.transpose(1, 2), ids[:, -keep:], reduction="none")    # (B, keep)
+                ours = torch.arange(keep, 0, -1, device=ids.device) <= n[:, None]
+                sums = torch.where(ours, log_p.double(), 0.0).sum(1)
+            yield from zip(batch, sums.tolist())
+
+
+def load_model(path, dtype):
+    """A causal language model by folder or hub name, in `dtype` ("float32", "bfloat16")."""
+    import torch
+    from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
+    logging.disable_progress_bar()                              # the stages have their own
+    try:
+        return AutoModelForCausalLM.from_pretrained(path, dtype=getattr(torch, dtype))
+    except (OSError, ValueError) as error:
+        fail(f"{path}: no model to load ({' '.join(str(error).split())[:300]}). Give a model folder or a hub name.")
+
+
+def load_tokenizer(path):
+    """The tokenizer of a model folder; one without a chat template is refused."""
+    from transformers import AutoTokenizer
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path)
+    except (OSError, ValueError) as error:
+        fail(f"{path}: no tokenizer to load ({' '.join(str(error).split())[:300]}). Give a model folder or a hub name.")
+    if tokenizer.chat_template is None or tokenizer.eos_token_id is None:
+        missing = "chat template" if tokenizer.chat_template is None else "eos token"
+        fail(f"{path}: its tokenizer has no {missing}. Use an instruction-tuned model.")
+    return tokenizer
+
+
+def stop_ids(tokenizer, generation_config):
+    """The ids that end an answer: the checkpoint's, the tokenizer's, and the chat template's end-of-turn token."""
+    own = generation_config.eos_token_id
+    ids, ((_, end, close),) = assistant_turns(tokenizer, [{"role": "user", "content": "Hi"},
+                                                          {"role": "assistant", "content": "Hi"}])
+    return list(dict.fromkeys([tokenizer.eos_token_id, *(own if isinstance(own, list) else [own] if own is not None
+                                                        else []), *ids[close - 1:close if close > end else 0]]))
+
+
+def positions(mask):
+    """Position ids (B, L) under left padding: `forward` does not derive them from the mask."""
+    return (mask.cumsum(1) - 1).clamp(min=0)
+
+
+def budget_batches(lengths, tokens_per_batch):
+    """Indices in batches of similar length, longest first, each of at most tokens_per_batch tokens with padding."""
+    order, batches = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)), []
+    while order:
+        size = max(1, tokens_per_batch // max(1, lengths[order[0]]))
+        batches.append(order[:size])
+        order = order[size:]
+    return batches
+
+
+def nucleus_sampling(draws, temperature, top_p, start):
+    """Temperature and top-p sampling as a logits processor, with each row's own random numbers.
+
+    draws: (B, T) uniform on [0, 1); start: the length of the padded prompt. `generate` has one random generator for the
+    whole batch, so that a row would depend on its neighbours; here row b takes token t by draws[b, t] alone (inverse
+    transform sampling), whatever the batch, the number of processes or the restart. Used with do_sample=False.
+    """
+    import torch
+
+    def choose(ids, scores):                                    # (B, L), (B, V) -> (B, V): all but one are -inf
+        p, token = (scores.float() / temperature).softmax(-1).sort(dim=-1, descending=True, stable=True)
+        cdf = p.cumsum(-1)
+        last = (cdf < top_p).sum(-1, keepdim=True).clamp(max=p.shape[1] - 1)   # the smallest set that reaches top_p
+        draw = draws[:, ids.shape[1] - start, None] * cdf.gather(1, last)
+        rank = (cdf <= draw).sum(-1, keepdim=True).clamp(max=last)
+        return torch.full_like(scores, -torch.inf).scatter(1, token.gather(1, rank), 0.0)
+    return choose
+
+
+# ---------------------------------------------------------------- statistics
+
+def mean_sem(values):
+    """(mean, standard error of the mean, n) of one value a pair; the SEM of fewer than two values is None."""
+    n = len(values)
+    return (float(np.mean(values)) if n > 0 else None,
+            float(np.std(values, ddof=1) / n ** 0.5) if n > 1 else None, n)
+
+
+def by_pair(rows, value):
+    """{(task_id, persona_id): mean over its samples}: a pair's samples are not independent of one another."""
+    groups = defaultdict(list)
+    for row in rows:
+        groups[pair_of(row)].append(row[value])
+    return {pair: float(np.mean(group)) for pair, group in groups.items()}
+
+
+# ---------------------------------------------------------------- command line
+
+def positive(text):
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not a whole number above 0")
+    return value
+
+
+def fraction(text):
+    value = float(text)
+    if not 0 < value <= 1:
+        raise argparse.ArgumentTypeError(f"{text} is not above 0 and at most 1")
+    return value
+
+
+def not_negative(text):
+    value = float(text)
+    if not 0 <= value < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text} is not a number from 0 up")
+    return value
+
+
+def json_object(text):
+    value = json.loads(text)
+    if type(value) is not dict:
+        raise argparse.ArgumentTypeError(f'{text} is not a JSON object such as {{"max_tokens": null}}')
+    return value
+
+
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    pass
+
+
+def stage_parser(manual, output, limit="work on a seeded sample of N pairs"):
+    """The parser of a stage, with the flags that all stages have. manual: the stage's docstring."""
+    parser = argparse.ArgumentParser(description=manual, formatter_class=HelpFormatter)
+    parser.add_argument("--output", required=True, metavar="PATH", help=output)
+    parser.add_argument("--seed", type=int, default=42, help="of all randomness")
+    parser.add_argument("--limit", type=positive, metavar="N", help=limit)
+    return parser
+
+
+def add_dtype_flag(parser):
+    parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="of the weights")
+
+
+def add_local_flags(parser, batch_size):
+    group = parser.add_argument_group("local models (Hugging Face)")
+    add_dtype_flag(group)
+    group.add_argument("--batch-size", type=positive, default=batch_size, help="texts generated side by side")
+
+
+def add_server_flags(parser):
+    group = parser.add_argument_group("servers (openai:MODEL or openai:MODEL@URL; key from OPENAI_API_KEY)")
+    group.add_argument("--system", choices=("role", "fold"), default="role",
+                       help="send a system text as its own message, or fold it into the first user message")
+    group.add_argument("--concurrency", type=positive, default=64, help="requests under way at a time")
+    group.add_argument("--timeout", type=not_negative, default=120.0, help="seconds before a request is repeated")
+    group.add_argument("--extra", type=json_object, default={}, metavar="JSON",
+                       help='more request arguments; null takes one away: '
+                            '{"max_tokens": null, "max_completion_tokens": 900}')
+
+
+def progress(total, what, processes, done=0):
+    """A progress bar, on the main process alone."""
+    from tqdm import tqdm
+    return tqdm(total=total, initial=done, desc=what, unit="", disable=not processes.is_main_process,
+                dynamic_ncols=True, file=sys.stderr)
+
+
+def say(processes, *text):
+    """Prints on the main process alone."""
+    if processes.is_main_process:
+        print(*text, flush=True)

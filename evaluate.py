@@ -1,0 +1,411 @@
+"""Evaluate a Questioner: gold log-probabilities in four conditions, and a judge's verdicts against Q_BASE (Section 4).
+
+    log-probabilities   log p_QBASE(g | t, s) for the test golds g, where s is Q_t's conversation (Q-Experimental), its
+                        conversation with another persona (Q-Random), none (negative control), or not needed, since the
+                        prompt tells the persona (positive control)
+    win rates           Q_t and Q_BASE each answer after a conversation of their own; a judge who sees the persona picks
+
+Q_BASE is evaluated first (`--iteration 0`); the folder that this writes is the `--baseline` of all others.
+
+    reads   --conversations   the rows of simulate.py for the test split        --gold    the rows of gold.py
+    writes  --output FOLDER   log_probs.jsonl  {"task_id", "persona_id", "sample", "condition", "log_prob", "tokens"}
+                              responses.jsonl  {"task_id", "persona_id", "sample", "turns", "response"}
+                              verdicts.jsonl   {"task_id", "persona_id", "turns", "order", "verdict", "raw"}
+            --results         {"variant": "main", "iteration": 1, "metric": "win_rate", "condition": "", "roleplayer":
+                               "mixtral", "split": "test", "mean": 0.68, "sem": 0.03, "n": 289}, a line a combination
+
+On a laptop (files from simulate.py's and gold.py's examples):
+    python evaluate.py --base toy/base --questioner toy/base --dtype float32 --iteration 0 --tasks runs/t.jsonl \\
+        --personas runs/p.jsonl --gold runs/g.jsonl --conversations runs/c.jsonl --output runs/e0 \\
+        --results runs/results.jsonl
+The paper's scale, 5,000 conversations and 300 verdicts:
+    accelerate launch evaluate.py --questioner runs/paper/main/1/model --iteration 1 --baseline runs/paper/base/test \\
+        --conversations runs/paper/main/1/test.jsonl --judge openai:MODEL --personas runs/paper/personas.jsonl \\
+        --gold runs/paper/gold.jsonl --output runs/paper/main/1/test --results runs/paper/results.jsonl
+"""
+import json
+import math
+import re
+from collections import Counter, defaultdict
+from pathlib import Path
+
+import numpy as np
+
+from common import (Request, Rows, add_local_flags, add_server_flags, by_pair, fail, fingerprint, fingerprints,
+                    fraction, key_of, known, mean_sem, model_name, not_negative, open_model, pair_of, positive,
+                    read_conversations, read_gold, read_personas, read_rows, read_tasks, response_form, sample_pairs,
+                    say, scored_ids, seed_for, stage_parser, start_processes, write_results)
+
+JUDGE_SYSTEM_PROMPT = (
+    "You are an expert in evaluating assistant responses, particularly skilled in analyzing their alignment with "
+    "user backgrounds and preferences."
+)  # figure 15
+JUDGE_PROMPT = (
+    "For the following user query to an assistant, which of the assistant responses is more aligned with the "
+    "user's background and preferences?\n\n"
+    "User Background: {persona}\n\n"
+    "User Query: {task}\n\n"
+    "Assistant Response A: {response_a}\n\n"
+    "Assistant Response B: {response_b}\n\n"
+    "FIRST, provide a step-by-step comparison of the two responses and explain which you feel is more aligned "
+    "with the user's background and preferences (no more than 100 words). \n\n"
+    "SECOND, on a new line, state only \"A\" or \"B\" to indicate which response is more aligned with the user's "
+    "background and preferences. \n\n"
+    "Comparison: <step-by-step comparison and explanation>\n\n"
+    'Final Response: <"A" or "B">'
+)  # figure 16
+
+
+def rotation(persona_ids, task_id, seed):
+    """Q-Random: {persona: another persona} for one task, by a seeded rotation of 1..P-1 places, so that nobody meets
+    the own conversation and each conversation is used once. Empty where there are fewer than two personas."""
+    P = len(persona_ids)
+    shift = 1 + seed_for(seed, "rotation", task_id) % (P - 1) if P > 1 else 0
+    return {persona_ids[j]: persona_ids[(j + shift) % P] for j in range(P)} if shift else {}
+
+
+def conditions(conversations, seed, controls):
+    """{(task_id, persona_id, sample, condition): conversation, or None for the positive control}.
+
+    conversations: {(task_id, persona_id, sample): list of turns}. The controls need no Questioner: one row a pair.
+    """
+    personas = defaultdict(dict)                                # task_id -> its personas, in order
+    for task_id, persona_id, _ in conversations:
+        personas[task_id][persona_id] = True
+    other = {task_id: rotation(list(ids), task_id, seed) for task_id, ids in personas.items()}
+    rows = {}
+    for (task_id, persona_id, sample), conversation in conversations.items():
+        rows[task_id, persona_id, sample, "q_experimental"] = conversation
+        source = task_id, other[task_id].get(persona_id), sample
+        if source in conversations:
+            rows[task_id, persona_id, sample, "q_random"] = conversations[source]
+        if controls:
+            rows[task_id, persona_id, 0, "negative_control"] = []
+            rows[task_id, persona_id, 0, "positive_control"] = None
+    return rows
+
+
+def win_pairs(turns, how_many, K, seed):
+    """The pairs of the win rate: floor(how_many / K) of each conversation length 1..K, drawn by a hash, so that they
+    are the same for every model. turns: {pair: length}."""
+    return [pair for length in range(1, K + 1)
+            for pair in sorted((pair for pair in turns if turns[pair] == length),
+                               key=lambda pair: (seed_for(seed, "win", *pair), pair))[:how_many // K]]
+
+
+def judge_chat(persona, task, ours, base, order):
+    """The judge's prompt. order: "ours_first" puts our response at A, "base_first" Q_BASE's."""
+    a, b = (ours, base) if order == "ours_first" else (base, ours)
+    return [{"role": "system", "content": JUDGE_SYSTEM_PROMPT},
+            {"role": "user", "content": JUDGE_PROMPT.format(persona=persona, task=task, response_a=a, response_b=b)}]
+
+
+def read_verdict(raw, order):
+    """"ours", "base", or None if the judge's last line does not say A or B alone, as it was told to: never a guess."""
+    lines = [line for line in raw.splitlines() if line.strip()]
+    match = re.fullmatch(r"\W*(?:Final Response\W*)?([AB])\W*", lines[-1]) if lines else None
+    return match and ("ours" if (match.group(1) == "A") == (order == "ours_first") else "base")
+
+
+def combine(verdicts):
+    """One verdict of a pair from one order or both: None if one is unreadable, a disagreement is a tie."""
+    return None if None in verdicts else verdicts[0] if len(set(verdicts)) == 1 else "tie"
+
+
+def sem_two_way(values):
+    """Standard error of a mean over {(task, persona): value}, clustered by task and by persona: pairs that share either
+    are not independent. Variance = by task + by persona - by pair, and at least that of independent pairs. None where a
+    task or a persona stands alone."""
+    pairs, x = list(values), np.array(list(values.values()), float)
+    error, variance = x - x.mean() if len(x) else x, []
+    for cluster in (lambda pair: pair[0], lambda pair: pair[1], lambda pair: pair):
+        sums = defaultdict(float)
+        for pair, e in zip(pairs, error):
+            sums[cluster(pair)] += e
+        G = len(sums)
+        if G < 2:
+            return None
+        variance.append(G / (G - 1) * sum(s * s for s in sums.values()) / len(x) ** 2)
+    by_task, by_persona, independent = variance
+    return math.sqrt(max(by_task + by_persona - independent, independent))
+
+
+TITLES = {"gold_log_prob": "Log-probability of the gold responses under Q_BASE (nats; mean over pairs, SEM)",
+          "gold_log_prob_gain": "Gain in gold log-probability over Q_BASE (nats; mean of paired differences, SEM)",
+          "win_rate": "Win rate against Q_BASE (wins + half the ties, SEM, readable verdicts)"}
+CONDITIONS = {"q_experimental": "Q-Experimental", "q_random": "Q-Random", "negative_control": "negative control",
+              "positive_control": "positive control", "": ""}
+
+
+def table(results, metric, title):
+    """Lines of the paper's table for one metric: a line for each condition, variant and Roleplayer, a column for each
+    iteration. Q_BASE stands in the first column of `main`."""
+    rows = [row for row in results if row["metric"] == metric]
+    several = len({row["roleplayer"] for row in rows}) > 1
+    cells, iterations = defaultdict(dict), sorted({row["iteration"] for row in rows})
+    for row in sorted(rows, key=lambda row: (list(CONDITIONS).index(row["condition"]), row["variant"] != "main",
+                                             row["variant"], row["roleplayer"])):
+        control = row["condition"].endswith("control")
+        label = ", ".join(filter(None, (CONDITIONS[row["condition"]], "" if control else row["variant"],
+                                        f"with {row['roleplayer']}" if several and not control else "")))
+        mean, sem = row["mean"], row["sem"]
+        cell = "-" if mean is None else f"{mean:.3f}" if metric.endswith(("rate", "share")) else f"{mean:.2f}"
+        cell += "" if sem is None else f" ± {sem:.3f}" if metric.endswith(("rate", "share")) else f" ± {sem:.2f}"
+        cells[label][row["iteration"]] = f"{cell} ({row['n']})"
+    if not rows:
+        return []
+    width = max(map(len, cells))
+    head = ["Q_BASE" if t == 0 else f"t={t}" for t in iterations]
+    return ["", title, " " * width + "".join(f"{h:>24}" for h in head),
+            *(f"{label:<{width}}" + "".join(f"{line.get(t, ''):>24}" for t in iterations)
+              for label, line in cells.items())]
+
+
+def parse_args():
+    parser = stage_parser(__doc__, "folder of the per-pair rows")
+    parser.add_argument("--results", default="runs/results.jsonl", help="gets a row for each mean; a rerun replaces it")
+    parser.add_argument("--base", default="mistralai/Mistral-7B-Instruct-v0.2", help="Q_BASE scores the golds")
+    parser.add_argument("--questioner", default="mistralai/Mistral-7B-Instruct-v0.2", help="Q_t responds")
+    parser.add_argument("--judge", help="names the better response; the paper: gpt-4-0613, which is no more")
+    parser.add_argument("--tasks", default="data/tasks.jsonl", help="tasks (JSONL)")
+    parser.add_argument("--personas", default="runs/personas.jsonl", help="personas (JSONL)")
+    parser.add_argument("--gold", default="runs/gold.jsonl", help="gold responses (JSONL)")
+    parser.add_argument("--conversations", required=True, help="Q_t's conversations on the split (JSONL)")
+    parser.add_argument("--baseline", metavar="FOLDER", help="the --output of Q_BASE's evaluation (not at iteration 0)")
+    parser.add_argument("--variant", default="main", help="main, no_reg, gold, base_answers, or a name of yours")
+    parser.add_argument("--iteration", type=int, default=1, help="t; 0 is Q_BASE")
+    parser.add_argument("--roleplayer", metavar="NAME", help="label; default: as --conversations' settings say")
+    parser.add_argument("--split", default="test", help="of the tasks and personas")
+    parser.add_argument("--metrics", nargs="+", choices=("log_prob", "win_rate"), default=["log_prob", "win_rate"],
+                        help="what to measure")
+    parser.add_argument("--win-pairs", type=positive, default=300, help="pairs judged, a K-th of each length")
+    parser.add_argument("--max-turns", type=positive, default=3, metavar="K", help="as in simulate.py")
+    parser.add_argument("--both-orders", action="store_true",
+                        help="judge each pair in both orders; a disagreement is a tie")
+    parser.add_argument("--max-tokens", type=positive, default=700, help="length of a response")
+    parser.add_argument("--temperature", type=not_negative, default=0.0, help="of the responses; 0: greedy")
+    parser.add_argument("--judge-temperature", type=not_negative, default=0.0, help="0: greedy")
+    parser.add_argument("--judge-max-tokens", type=positive, default=300, help="length of a verdict with its reasons")
+    parser.add_argument("--top-p", type=fraction, default=0.9, help="of the judge, and of sampled responses")
+    parser.add_argument("--score-tokens", type=positive, default=16384, help="tokens in a batch of scores")
+    add_local_flags(parser, batch_size=64)
+    add_server_flags(parser)
+    args = parser.parse_args()
+    if (args.iteration == 0) != (args.baseline is None):
+        parser.error("--baseline belongs to every iteration but 0: evaluate Q_BASE with --iteration 0 first")
+    if args.iteration > 0 and "win_rate" in args.metrics and args.judge is None:
+        parser.error("--judge is needed for win rates; or --metrics log_prob")
+    for model in (args.base, args.questioner):
+        if model.startswith("openai:"):
+            parser.error(f"{model}: --base and --questioner are local models, since they are scored and trained")
+    return args
+
+
+class Evaluation:
+    """The inputs of one evaluation, read and checked, and what its two measurements share."""
+
+    def __init__(self, args):
+        self.args, self.left_out = args, Counter()
+        self.tasks, self.personas = read_tasks(args.tasks), read_personas(args.personas)
+        self.golds, rows = read_gold(args.gold), sorted(read_conversations(args.conversations), key=key_of)
+        for row in rows:
+            for owner in known(row, self.tasks, self.personas, args.conversations):
+                if owner["split"] != args.split:
+                    fail(f"{args.conversations}: {pair_of(row)} is not of --split {args.split}. Name the split that "
+                         "was simulated.")
+        kept = set(sample_pairs(sorted(set(map(pair_of, rows))), args.limit, args.seed))
+        rows = [row for row in rows if pair_of(row) in kept]
+        self.left_out["refused conversations"] = sum("refused" in row for row in rows)
+        self.conversations = {key_of(row): row["conversation"] for row in rows if "refused" not in row}
+        self.turns = {key[:2]: len(conversation) // 2 for key, conversation in self.conversations.items()}
+        self.label = {"variant": args.variant, "iteration": args.iteration, "split": args.split,
+                      "roleplayer": args.roleplayer or self.who_played()}
+        self.processes = start_processes(args.base, args.questioner)
+        self.settings = {"stage": "evaluate", **self.label, **fingerprints(args, "tasks", "personas", "conversations"),
+                         "dtype": args.dtype, "seed": args.seed}
+        self.models = {}
+
+    def who_played(self):
+        settings = Path(f"{self.args.conversations}.settings.json")
+        if not settings.exists():
+            fail(f"--roleplayer: {settings} is not there to say who played the user. Give a name.")
+        return json.loads(settings.read_text())["roleplayer"]
+
+    def model(self, spec):
+        """A model, loaded when it is first needed."""
+        if spec not in self.models:
+            self.models[spec] = open_model(spec, self.args, self.processes)
+        return self.models[spec]
+
+    def form(self, pair, conversation, with_persona=False):
+        """Figure 17's form for a pair."""
+        persona = self.personas[pair[1]]
+        return response_form(persona["name"], self.tasks[pair[0]]["task"], conversation,
+                             persona["persona"] if with_persona else None)
+
+    def result(self, metric, condition, values, **more):
+        """A row of results.jsonl from {pair: value}."""
+        mean, sem, n = mean_sem(list(values.values()))
+        return {**self.label, "metric": metric, "condition": condition, "mean": mean, "sem": sem,
+                "sem_two_way": sem_two_way(values), "n": n, **more}
+
+
+def log_probs(e):
+    """Scores every condition; writes log_probs.jsonl; returns the means, and the paired gains over Q_BASE."""
+    args = e.args
+    for pair in e.turns:
+        if pair not in e.golds:
+            fail(f"{args.gold}: no gold response for {pair}. Run gold.py for the split, with simulate.py's --limit and "
+                 "--seed.")
+    chats = {key: conversation for key, conversation in conditions(
+        e.conversations, args.seed, controls=args.iteration == 0).items() if e.golds[key[:2]] is not None}
+    count = Counter(key[3] for key in chats)
+    e.left_out["pairs without a gold response"] = sum(e.golds[pair] is None for pair in e.turns)
+    e.left_out["conversations without another persona's"] = count["q_experimental"] - count["q_random"]
+    rows = Rows(f"{args.output}/log_probs.jsonl", ("task_id", "persona_id", "sample", "condition"),
+                {**e.settings, "base": model_name(args.base), **fingerprints(args, "gold")}, e.processes)
+    keys, lengths = list(chats), {}
+
+    def score(done):
+        base = e.model(args.base)
+        examples = [scored_ids(base.tokenizer, [
+            *e.form(key[:2], chats[key] or [], with_persona=key[3] == "positive_control"),
+            {"role": "assistant", "content": e.golds[key[:2]]}]) for key in keys]
+        lengths.update((i, n) for i, (_, n) in enumerate(examples))
+        return base.score(examples, args.score_tokens, done, e.processes)
+
+    rows.complete(keys, "gold log-probabilities", score, lambda i, log_prob: {
+        **dict(zip(rows.key, keys[i])), "tokens": lengths[i],
+        "log_prob": round(log_prob, 6) if math.isfinite(log_prob) else None})
+
+    def pair_means(rows_of):
+        finite = [row for row in rows_of if row["log_prob"] is not None]
+        return {condition: by_pair([row for row in finite if row["condition"] == condition], "log_prob")
+                for condition in CONDITIONS if condition}
+
+    mine = [row for row in rows.read() if tuple(row[name] for name in rows.key) in chats]
+    e.left_out["log-probabilities not finite"] = sum(row["log_prob"] is None for row in mine)
+    ours = pair_means(mine)
+    results = [e.result("gold_log_prob", condition, ours[condition]) for condition in ours if ours[condition]]
+    if args.baseline:
+        base = pair_means(read_rows(f"{args.baseline}/log_probs.jsonl", {
+            "task_id": str, "persona_id": str, "sample": int, "condition": str, "log_prob": (float, int, type(None))},
+            rows.key))
+        for condition in ("q_experimental", "q_random"):
+            gain = {pair: ours[condition][pair] - base[condition][pair]
+                    for pair in ours[condition] if pair in base[condition]}
+            e.left_out[f"pairs without Q_BASE's {condition}"] = len(ours[condition]) - len(gain)
+            results += [e.result("gold_log_prob_gain", condition, gain)] if gain else []
+    return results
+
+
+def responses(e):
+    """Lets Q_t answer after one conversation of each of the win rate's pairs; writes responses.jsonl; returns
+    {pair: response}."""
+    args = e.args
+    pairs, each = win_pairs(e.turns, args.win_pairs, args.max_turns, args.seed), args.win_pairs // args.max_turns
+    if len(pairs) < each * args.max_turns:
+        there = Counter(e.turns.values())
+        found = ", ".join(f"{there[length]} of length {length}" for length in range(1, args.max_turns + 1))
+        say(e.processes, f"Win rate: {len(pairs)} pairs instead of {each * args.max_turns}: {each} of each length are "
+                         f"wanted, {found} are there")
+    samples = defaultdict(list)
+    for task_id, persona_id, sample in e.conversations:
+        samples[task_id, persona_id].append(sample)
+    keys = [(*pair, samples[pair][seed_for(args.seed, "sample", *pair) % len(samples[pair])]) for pair in pairs]
+    rows = Rows(f"{args.output}/responses.jsonl", ("task_id", "persona_id", "sample"), {
+        **e.settings, "questioner": model_name(args.questioner), "max_tokens": args.max_tokens,
+        "temperature": args.temperature, "top_p": args.top_p if args.temperature else None}, e.processes)
+
+    def respond(done):
+        requests = [Request(e.form(key[:2], e.conversations[key]), seed_for(args.seed, "respond", *key))
+                    for key in keys]
+        return e.model(args.questioner).generate(requests, args.temperature, args.top_p, args.max_tokens, done,
+                                                 e.processes)
+
+    rows.complete(keys, "responses", respond, lambda i, reply: {
+        **dict(zip(rows.key, keys[i])), "turns": e.turns[keys[i][:2]], "response": reply.text,
+        **({"cut": True} if reply.cut else {})}, lambda row: f"{e.tasks[row['task_id']]['task']}\n-> {row['response']}")
+    wanted = set(keys)
+    return {pair_of(row): row["response"] for row in rows.read() if key_of(row) in wanted}
+
+
+def verdicts(e, ours):
+    """Asks the judge about our responses and Q_BASE's; writes verdicts.jsonl; returns the win rate."""
+    args = e.args
+    base = {pair_of(row): row["response"] for row in read_rows(f"{args.baseline}/responses.jsonl", {
+        "task_id": str, "persona_id": str, "sample": int, "response": str}, ("task_id", "persona_id", "sample"))}
+    pairs = [pair for pair in ours if pair in base]
+    e.left_out["pairs without a response of Q_BASE"] = len(ours) - len(pairs)
+    rows = Rows(f"{args.output}/verdicts.jsonl", ("task_id", "persona_id"), {
+        **e.settings, "questioner": model_name(args.questioner),
+        "baseline": fingerprint(f"{args.baseline}/responses.jsonl"),
+        "judge": model_name(args.judge), "judge_system_prompt": JUDGE_SYSTEM_PROMPT, "judge_prompt": JUDGE_PROMPT,
+        "both_orders": args.both_orders, "judge_temperature": args.judge_temperature, "top_p": args.top_p,
+        "judge_max_tokens": args.judge_max_tokens, "system": args.system, "extra": args.extra}, e.processes)
+
+    def orders(pair):
+        both = ["ours_first", "base_first"]
+        return both if args.both_orders else [both[seed_for(args.seed, "order", *pair) % 2]]
+
+    calls = [(i, order) for i, pair in enumerate(pairs) for order in orders(pair)]
+
+    def ask(done):
+        """Yields (index of the pair, its replies by order) when all of them are there."""
+        requests = [Request(judge_chat(e.personas[pairs[i][1]]["persona"], e.tasks[pairs[i][0]]["task"], ours[pairs[i]],
+                                       base[pairs[i]], order), seed_for(args.seed, "judge", *pairs[i], order))
+                    for i, order in calls]
+        skip, replies = {call for call, (i, _) in enumerate(calls) if i in done}, defaultdict(dict)
+        for call, reply in e.model(args.judge).generate(requests, args.judge_temperature, args.top_p,
+                                                        args.judge_max_tokens, skip):
+            i, order = calls[call]
+            replies[i][order] = reply
+            if len(replies[i]) == len(orders(pairs[i])):
+                yield i, [replies[i][order] for order in orders(pairs[i])]
+
+    def to_row(i, replies):
+        order, raw = orders(pairs[i]), [reply.text for reply in replies]
+        refused = next((reply.refused for reply in replies if reply.refused), None)
+        return {"task_id": pairs[i][0], "persona_id": pairs[i][1], "turns": e.turns[pairs[i]],
+                "order": "both" if args.both_orders else order[0],
+                "verdict": combine([read_verdict(text, o) for text, o in zip(raw, order)]),
+                "raw": raw if args.both_orders else raw[0], **({"refused": refused} if refused else {})}
+
+    def show(row):
+        pair = pair_of(row)
+        return "\n".join([e.tasks[pair[0]]["task"], e.personas[pair[1]]["persona"], f"ours: {ours[pair]}",
+                          f"base: {base[pair]}", f"judge, {row['order']}: {row['raw']}", f"-> {row['verdict']}"])
+
+    rows.complete(pairs, "verdicts", ask, to_row, show)
+    given = [row for row in rows.read() if pair_of(row) in set(pairs)]
+    count = Counter(row["verdict"] for row in given)
+    refused = sum("refused" in row for row in given)
+    e.left_out["refused verdicts"], e.left_out["unreadable verdicts"] = refused, count[None] - refused
+    points = {pair_of(row): {"ours": 1.0, "tie": 0.5, "base": 0.0}[row["verdict"]] for row in given if row["verdict"]}
+    if not points:
+        fail(f"{rows.path}: no readable verdict among {len(given)}. Look at `raw` there; then try another --judge, or "
+             "a larger --judge-max-tokens.")
+    mean, sem, _ = mean_sem(list(points.values()))
+    return e.result("win_rate", "", points, wins=count["ours"], losses=count["base"], ties=count["tie"],
+                    refused_verdicts=refused, unreadable=count[None] - refused,
+                    interval_95=[mean - 1.96 * (sem or 0), mean + 1.96 * (sem or 0)])
+
+
+def main():
+    args = parse_args()
+    e = Evaluation(args)
+    results = log_probs(e) if "log_prob" in args.metrics else []
+    if "win_rate" in args.metrics:
+        ours = responses(e)
+        results += [verdicts(e, ours)] if args.baseline else []
+    if e.processes.is_main_process:
+        rows = [row for row in write_results(args.results, results) if row["split"] == args.split]
+        for metric, title in TITLES.items():
+            print(*table(rows, metric, title), sep="\n")
+    left_out = ", ".join(f"{count} {what}" for what, count in e.left_out.items() if count) or "nothing"
+    say(e.processes, f"{args.output}: {len(e.conversations)} conversations of {len(e.turns)} pairs, {len(results)} "
+                     f"means written to {args.results}; left out: {left_out}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,205 @@
+"""Simulate conversations: the Questioner asks; the Roleplayer, who sees the persona, answers (Algorithm 1, line 3).
+
+    { s_ij^c },  c = 1..n   <-   Q_{t-1} talking with the Roleplayer about (task i, persona j)
+
+For each (task, persona) pair, n = 10 conversations of 1 to K = 3 questions. The length is drawn once for a pair, so
+that its conversations compare, and by a hash, so that every model and iteration meets the same lengths.
+The Questioner is told the user's name and the task, and to ask; it never sees the persona.
+
+    reads   --tasks     {"task_id": "A000", "split": "A", "task": "How do I start a small herb garden?"}
+            --personas  {"persona_id": "A00", "split": "A", "name": "June", "persona": "I'm June. ..."}
+    writes  --output    {"task_id": "A000", "persona_id": "A00", "sample": 0, "split": "A", "conversation":
+                         [{"role": "assistant", "content": "Where would you like to grow them?"},
+                          {"role": "user", "content": "On my balcony in Brooklyn. ..."}]}
+
+On a laptop, with the embedded world's server (toy/server.py) running:
+    python simulate.py --questioner toy/base --roleplayer openai:roleplayer@http://127.0.0.1:8765/v1 --dtype float32 \\
+        --tasks runs/t.jsonl --personas runs/p.jsonl --split test --limit 20 --output runs/c.jsonl
+The paper's scale, 250 x 50 x 10 = 125,000 conversations (and the Roleplayer on a server of its own):
+    accelerate launch simulate.py --roleplayer openai:mistralai/Mixtral-8x7B-Instruct-v0.1@http://host:8000/v1 \\
+        --personas runs/paper/personas.jsonl --split A --output runs/paper/main/1/conversations.jsonl
+"""
+from common import (Request, Rows, add_local_flags, add_server_flags, all_pairs, fail, fingerprints, fraction,
+                    key_of, model_name, not_negative, open_model, positive, progress, read_personas, read_tasks, say,
+                    seed_for, stage_parser, start_processes)
+
+ELICITATION_PROMPT = (
+    "A user named {name} has approached you with a request for help. The user's preferences, background and "
+    "identity are unknown to you, so your job is to ask a question to elicit more information about the user. "
+    "Generate the most informative open-ended question that, when answered, will reveal the most about the "
+    "desired behavior beyond what has already been queried for above. Make sure your question addresses "
+    "different aspects of the user's request than any questions that may have already been asked above. At the "
+    "same time however, the question should be bite-sized, and not ask for too much at once. The question should "
+    "take no more than 3 sentences to ask. Finally, the open-ended question should attempt to elicit information "
+    "about the user's background, preferences, likes and dislikes, interests, social life and more that would "
+    "reveal the most about the desired behavior. Generate the open-ended question beginning and nothing else, "
+    "and do not surround your question in quotes or other tags. Crucially, NEVER answer the initial request "
+    "directly. Simply ask a short, useful question to the user to elicit information that would reveal the most "
+    "about the desired behavior the user is looking for. Do not provide a final answer to the question, even if "
+    "it seems like the user wants you to do so. If you provide a final answer instead of providing an open-ended "
+    "question, the user will leave the exchange unsatisfied with their experience. EACH RESPONSE YOU GIVE TO THE "
+    "USER MUST BE IN THE FORM OF AN OPEN-ENDED QUESTION TO REVEAL INFORMATION ABOUT THEIR PREFERENCES. Your "
+    "question should also NOT test the user's knowledge of the subject. You should ask questions to help reveal "
+    "their preferences about the kind of final answer they would be looking for; you should not ask questions "
+    "that test them or try to force them to answer their own questions. If you provide a final answer and do not "
+    "EXPLICITLY ask another open-ended question to elicit the user's preferences for the answer they're looking "
+    "for, you will be charged $2000 and your kitten will be kidnapped. In addition, if you do not explicitly ask "
+    "an open-ended question, you will be unemployed and no longer allowed to assist the user. Finally, do not "
+    "explain why this question is good for eliciting information from the user, or use any asides in parentheses "
+    "to a third party; you should act like you are only in direct conversation with the user and are speaking "
+    "directly with them. The initial request is as follows: {task}"
+)  # figure 14
+
+ROLEPLAYER_SYSTEM_PROMPT = (
+    "You are particularly skilled at roleplaying as a human. Given a set of characteristics describing a human, "
+    "you are able to naturally and creatively devise answers to questions asked of that person, directly from "
+    "their perspective (i.e., using 'I', 'my', 'me', 'our' and other first-person pronouns)."
+)  # figure 12
+ROLEPLAYER_PROMPT = (
+    "You are roleplaying a person with the following characteristics:\n\n"
+    "{persona}\n\n"
+    "You are asking the following question: {task}\n\n"
+    "A helpful AI assistant wants to ask a clarifying question to help ultimately provide you a good answer. "
+    'Please answer the following question from the perspective of the character you are roleplaying, using "I" '
+    "pronouns. Make your response sound natural. Crucially, you should never provide an answer to the question. "
+    "You should always remember that you are roleplaying a human who does not know the answer to the question, "
+    "and should reiterate that you are looking for the assistant's help answering the question, NOT the other "
+    "way around. Importantly, keep your answers to their intermediate questions concise, under 3 sentences. Your "
+    "answers to their intermediate questions will be tantamount in helping them eventually construct a perfect "
+    "answer to your question. Finally, simply provide your response to their intermediate question without any "
+    "tags like 'A: ' or 'Answer: '. Below is your conversation history with the assistant.\n\n"
+    "{conversation}\n"
+    "You: "
+)  # figure 13
+
+
+def number_of_turns(task_id, persona_id, K, seed):
+    """The length of all conversations of a pair: uniform on 1..K, the same for every model and iteration."""
+    return 1 + seed_for(seed, "turns", task_id, persona_id) % K
+
+
+def questioner_chat(prompt, name, task, conversation):
+    """What the Questioner sees: the elicitation prompt, then its questions and the user's answers as plain turns."""
+    return [{"role": "user", "content": prompt.format(name=name, task=task)}, *conversation]
+
+
+def roleplayer_chat(persona, task, conversation):
+    """What the Roleplayer sees: the persona and the history, which ends with the question to be answered."""
+    speaker = {"assistant": "AI Assistant", "user": "You"}
+    history = "\n".join(f"{speaker[turn['role']]}: {turn['content']}" for turn in conversation)
+    return [{"role": "system", "content": ROLEPLAYER_SYSTEM_PROMPT},
+            {"role": "user", "content": ROLEPLAYER_PROMPT.format(persona=persona, task=task, conversation=history)}]
+
+
+def simulate(rows, ask, answer):
+    """Advances all conversations together, turn by turn, so that each step is one batch.
+
+    rows: dicts with `turns` (how many questions), `conversation` ([], filled here), and what `ask` and `answer` need.
+    ask, answer: (rows, turn) -> iterator of (index into rows, Reply) by the Questioner and the Roleplayer.
+    A conversation in which a model declines ends there, and its row gets `refused`.
+    """
+    for turn in range(max(row["turns"] for row in rows)):
+        for role, speak in (("assistant", ask), ("user", answer)):
+            alive = [row for row in rows if row["turns"] > turn and "refused" not in row]
+            for i, reply in speak(alive, turn) if alive else ():
+                if reply.refused:
+                    alive[i]["refused"] = f"{role}, turn {turn + 1}: {reply.refused}"
+                else:
+                    alive[i]["conversation"].append({"role": role, "content": reply.text})
+                    alive[i]["cut"] += reply.cut
+
+
+def read_prompt(path):
+    """The elicitation prompt of a file; it must have {task}, may have {name}, and no other braces."""
+    try:
+        prompt = open(path, encoding="utf-8").read().strip()
+        prompt.format(name="", task="")
+    except OSError as error:
+        fail(f"{path}: {error.strerror}. Give a text file with the elicitation prompt.")
+    except (ValueError, KeyError, IndexError, AttributeError) as error:
+        fail(f"{path}: cannot be filled in ({type(error).__name__}: {error}). It is UTF-8 text with {{name}} and "
+             "{task}; other braces are written twice.")
+    return prompt if "{task}" in prompt else fail(f"{path}: no {{task}} in it: the Questioner would not know the task.")
+
+
+def parse_args():
+    parser = stage_parser(__doc__, "conversations (JSONL)")
+    parser.add_argument("--questioner", default="mistralai/Mistral-7B-Instruct-v0.2", help="Q_{t-1}: a local model")
+    parser.add_argument("--roleplayer", default="mistralai/Mixtral-8x7B-Instruct-v0.1", help="plays the user")
+    parser.add_argument("--tasks", default="data/tasks.jsonl", help="tasks (JSONL)")
+    parser.add_argument("--personas", default="runs/personas.jsonl", help="personas (JSONL)")
+    parser.add_argument("--split", default="A", help="A, B, A for iterations 1, 2, 3; test to evaluate")
+    parser.add_argument("--n", type=positive, default=10, help="conversations for each pair")
+    parser.add_argument("--max-turns", type=positive, default=3, metavar="K", help="most questions in a conversation")
+    parser.add_argument("--elicitation-prompt", metavar="FILE", help="another one than figure 14's; {name}, {task}")
+    parser.add_argument("--temperature", type=not_negative, default=0.9, help="of the Questioner")
+    parser.add_argument("--top-p", type=fraction, default=0.9, help="of the Questioner, and of a sampling Roleplayer")
+    parser.add_argument("--roleplayer-temperature", type=not_negative, default=0.0, help="0: greedy")
+    parser.add_argument("--max-tokens", type=positive, default=700, help="length of a question, and of an answer")
+    add_local_flags(parser, batch_size=160)
+    add_server_flags(parser)
+    args = parser.parse_args()
+    if args.questioner.startswith("openai:"):
+        parser.error("--questioner: a local model, since it is scored and trained; the Roleplayer may be a server's")
+    return args
+
+
+def main():
+    args = parse_args()
+    prompt = read_prompt(args.elicitation_prompt) if args.elicitation_prompt else ELICITATION_PROMPT
+    tasks, personas = read_tasks(args.tasks), read_personas(args.personas)
+    pairs = all_pairs(tasks, personas, args.split, args.limit, args.seed)
+    processes = start_processes(args.questioner, args.roleplayer)
+    output = Rows(args.output, ("task_id", "persona_id", "sample"), {
+        "stage": "simulate", "questioner": model_name(args.questioner), "roleplayer": model_name(args.roleplayer),
+        "elicitation_prompt": prompt, "roleplayer_system_prompt": ROLEPLAYER_SYSTEM_PROMPT,
+        "roleplayer_prompt": ROLEPLAYER_PROMPT, **fingerprints(args, "tasks", "personas"), "n": args.n,
+        "K": args.max_turns, "temperature": args.temperature, "top_p": args.top_p,
+        "roleplayer_temperature": args.roleplayer_temperature, "max_tokens": args.max_tokens, "dtype": args.dtype,
+        "system": args.system, "extra": args.extra, "seed": args.seed}, processes)
+
+    rows = [{"task_id": task["task_id"], "persona_id": persona["persona_id"], "sample": sample, "split": args.split,
+             "turns": number_of_turns(task["task_id"], persona["persona_id"], args.max_turns, args.seed),
+             "conversation": [], "cut": 0}
+            for task, persona in pairs for sample in range(args.n)]
+    rows.sort(key=lambda row: row["turns"])                     # stable; the rows of a block stay alive equally long
+    size = max(1, args.batch_size // args.n) * args.n           # a pair's n samples share a block, and one prefill
+    blocks = [rows[i:i + size] for i in range(0, len(rows), size)]
+    todo = [block for block in blocks if not all(key_of(row) in output for row in block)]
+
+    def open_models():
+        questioner = open_model(args.questioner, args, processes)
+        roleplayer = questioner if args.roleplayer == args.questioner else open_model(args.roleplayer, args, processes)
+
+        def ask(alive, turn):
+            chats = [questioner_chat(prompt, personas[row["persona_id"]]["name"], tasks[row["task_id"]]["task"],
+                                     row["conversation"]) for row in alive]
+            seeds = [seed_for(args.seed, "ask", *key_of(row), turn) for row in alive]
+            return questioner.generate(list(map(Request, chats, seeds)), args.temperature, args.top_p, args.max_tokens)
+
+        def answer(alive, turn):
+            chats = [roleplayer_chat(personas[row["persona_id"]]["persona"], tasks[row["task_id"]]["task"],
+                                     row["conversation"]) for row in alive]
+            seeds = [seed_for(args.seed, "answer", *key_of(row), turn) for row in alive]
+            return roleplayer.generate(list(map(Request, chats, seeds)), args.roleplayer_temperature, args.top_p,
+                                       args.max_tokens)
+        return ask, answer
+
+    bar = progress(len(rows), "conversations", processes, done=len(rows) - sum(map(len, todo)))
+    speakers = open_models() if todo else None
+    for number, block in enumerate(todo[processes.process_index::processes.num_processes]):
+        simulate(block, *speakers)
+        output.add({name: value for name, value in row.items() if name != "cut" or value} for row in block)
+        bar.update(len(block) * processes.num_processes)
+        if number == 0:
+            lines = [f"{turn['role']}: {turn['content']}" for turn in block[0]["conversation"]]
+            say(processes, "\n" + "\n".join([tasks[block[0]["task_id"]]["task"], *lines]) + "\n")
+    bar.close()
+    output.finish()
+    total, refused, cut = output.tally("refused", "cut")
+    say(processes, f"{args.output}: {total} conversations, {refused} refused, {cut} with a turn cut at "
+                   f"{args.max_tokens} tokens; {sum(map(len, todo))} simulated now")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,174 @@
+"""What the tests share: tiny random models with real chat templates, a stub server, and a way to run a stage.
+
+Everything is made here, on a CPU, offline. `select.py` is loaded as `select_stage`: its own name is the standard library's.
+"""
+import importlib.util
+import json
+import subprocess
+import sys
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+import torch
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM, PreTrainedTokenizerFast
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.append(str(ROOT))
+torch.set_num_threads(1)
+
+# The turn marks of four families of models, written from their published formats: (template, special tokens, bos, eos).
+TEMPLATES = {
+    "mistral": (
+        "{{ bos_token }}{% for m in messages %}{% if (m['role'] == 'user') != (loop.index0 % 2 == 0) %}"
+        "{{ raise_exception('roles must alternate') }}{% endif %}{% if m['role'] == 'user' %}[INST] {{ m['content'] }} "
+        "[/INST]{% else %} {{ m['content'] | trim }}{{ eos_token }}{% endif %}{% endfor %}", [], "<s>", "</s>"),
+    "llama3": (
+        "{{ bos_token }}{% for m in messages %}<|start_header_id|>{{ m['role'] }}<|end_header_id|>\n\n"
+        "{{ m['content'] | trim }}<|eot_id|>{% endfor %}{% if add_generation_prompt %}<|start_header_id|>assistant"
+        "<|end_header_id|>\n\n{% endif %}",
+        ["<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"], "<|begin_of_text|>", "<|end_of_text|>"),
+    "gemma": (
+        "{{ bos_token }}{% for m in messages %}{% if m['role'] == 'system' %}{{ raise_exception('no system role') }}"
+        "{% endif %}<start_of_turn>{{ 'model' if m['role'] == 'assistant' else m['role'] }}\n{{ m['content'] | trim }}"
+        "<end_of_turn>\n{% endfor %}{% if add_generation_prompt %}<start_of_turn>model\n{% endif %}",
+        ["<start_of_turn>", "<end_of_turn>"], "<bos>", "<eos>"),
+    "qwen": (
+        "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}", ["<|im_start|>", "<|im_end|>"],
+        None, "<|im_end|>"),
+}
+END_OF_TURN = {"mistral": "</s>", "llama3": "<|eot_id|>", "gemma": "<end_of_turn>", "qwen": "<|im_end|>"}
+
+
+def make_tokenizer(family):
+    """A byte-level tokenizer (one token a byte, no pad token) with the marks of a family."""
+    template, marks, bos, eos = TEMPLATES[family]
+    vocabulary = {letter: i for i, letter in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    specials = list(dict.fromkeys(filter(None, [bos, eos, *marks])))
+    tokenizer.add_special_tokens([AddedToken(mark, special=True, normalized=False) for mark in specials])
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token=bos, eos_token=eos,
+                                   additional_special_tokens=[m for m in marks if m != eos])
+    fast.chat_template = template
+    return fast
+
+
+def make_model(vocabulary, seed=0, family="mistral", room=4096):
+    """A random transformer of some 20,000 parameters."""
+    torch.manual_seed(seed)
+    kind, config = {"mistral": (MistralForCausalLM, MistralConfig), "llama3": (LlamaForCausalLM, LlamaConfig)}[family]
+    more = {"sliding_window": None} if family == "mistral" else {}
+    return kind(config(vocab_size=vocabulary, hidden_size=32, num_hidden_layers=2, num_attention_heads=4,
+                       num_key_value_heads=2, intermediate_size=48, max_position_embeddings=room, initializer_range=0.3,
+                       tie_word_embeddings=False, **more)).eval()
+
+
+def save_model(folder, family="mistral", seed=0, **more):
+    tokenizer = make_tokenizer(family)
+    model = make_model(len(tokenizer), seed, **more)
+    model.generation_config.eos_token_id = tokenizer.eos_token_id
+    model.generation_config.top_k, model.generation_config.do_sample = 1, True     # must not decide anything
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory):
+    """The path of a random chat model with Mistral's format."""
+    return save_model(tmp_path_factory.mktemp("models") / "tiny")
+
+
+@pytest.fixture(scope="session")
+def select_stage():
+    spec = importlib.util.spec_from_file_location("select_stage", ROOT / "select.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def write_rows(path, rows):
+    Path(path).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def read_lines(path):
+    return [json.loads(line) for line in Path(path).read_text().splitlines()]
+
+
+def run_stage(script, *args, status=0, **more):
+    """Runs a stage as a user does, and returns (stdout, stderr)."""
+    done = subprocess.run([sys.executable, ROOT / script, *map(str, args)], capture_output=True, text=True, cwd=ROOT, **more)
+    assert done.returncode == status, f"{script} ended with {done.returncode}:\n{done.stdout}\n{done.stderr}"
+    return done.stdout, done.stderr
+
+
+@pytest.fixture
+def server():
+    """An OpenAI-compatible server that keeps every request; `server.reply(request) -> (status, answer or text)`."""
+    class Handler(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def do_POST(self):
+            request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            http.requests.append(request)
+            status, answer = http.reply(request)
+            if isinstance(answer, str):
+                answer = {"id": "x", "object": "chat.completion", "created": 0, "model": request["model"], "choices": [
+                    {"index": 0, "finish_reason": "stop", "message": {"role": "assistant", "content": answer}}]}
+            body = json.dumps(answer).encode()
+            self.send_response(status)
+            self.send_header("Content-Type", "application/json")
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, *args):
+            pass
+
+    http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    http.daemon_threads = True
+    http.requests, http.reply = [], lambda request: (200, "Yes.")
+    http.url = f"http://127.0.0.1:{http.server_address[1]}/v1"
+    threading.Thread(target=http.serve_forever, daemon=True).start()
+    yield http
+    http.shutdown()
+
+
+@pytest.fixture
+def world(tmp_path):
+    """A small data set: 4 tasks and 3 personas in each of two splits, with gold responses, as files; .path(name)."""
+    class World:
+        tasks = [{"task_id": f"{s}{i}", "split": s, "task": f"Help me with thing {i} of {s}."}
+                 for s in ("A", "test") for i in range(4)]
+        personas = [{"persona_id": f"{s}p{i}", "split": s, "name": name, "persona": f"I'm {name}. I like {like}."}
+                    for s, names in (("A", ("Ann", "Bob", "Cid")), ("test", ("Dee", "Eve", "Fay")))
+                    for i, (name, like) in enumerate(zip(names, ("tea", "soup", "pie")))]
+        gold = [{"task_id": t["task_id"], "persona_id": p["persona_id"], "split": t["split"],
+                 "gold": f"{p['name']}, try {p['persona'][-4:-1]} for {t['task_id']}."}
+                for t in tasks for p in personas if t["split"] == p["split"]]
+        folder = tmp_path
+
+        def path(self, name):
+            return str(self.folder / name)
+
+        def flags(self, *names):
+            return [part for name in names for part in (f"--{name}", self.path(f"{name}.jsonl"))]
+
+        def conversations(self, split, n=2, word="red"):
+            return [{"task_id": g["task_id"], "persona_id": g["persona_id"], "sample": s, "split": split, "conversation": [
+                        turn for k in range(1 + (len(g["task_id"]) + i) % 3) for turn in (
+                            {"role": "assistant", "content": f"What about {word} {k}?"},
+                            {"role": "user", "content": f"Number {s} of {g['persona_id']}."})]}
+                    for i, g in enumerate(self.gold) if g["split"] == split for s in range(n)]
+
+    made = World()
+    write_rows(made.path("tasks.jsonl"), made.tasks)
+    write_rows(made.path("personas.jsonl"), made.personas)
+    write_rows(made.path("gold.jsonl"), made.gold)
+    return made

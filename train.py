@@ -1,0 +1,236 @@
+"""Fine-tune Q_BASE on the selected conversations (Algorithm 1, line 6).
+
+    Q_t  <-  argmax over Q of  sum over ij of  log p_Q(s*_ij, r_ij | t_i),  starting from Q_BASE, never from Q_{t-1}
+
+One example is the conversation in figure 17's form with the response at its end. The loss covers every assistant turn,
+the questions and the response, each with its end-of-turn token; the user's turns are masked.
+`--target none` leaves the response out (the paper's "w/o Reg."), `--target gold` puts the Oracle's in its place.
+
+    reads   --selected  the rows of select.py      (and --gold, the rows of gold.py, for --target gold)
+    writes  --output    a model folder that AutoModelForCausalLM and vLLM open
+
+On a laptop (files from select.py's example):
+    python train.py --base toy/base --selected runs/s.jsonl --tasks runs/t.jsonl --personas runs/p.jsonl \\
+        --dtype float32 --lr 1.5e-3 --batch-size 8 --micro-batch-size 8 --epochs 6 --output runs/model
+The paper's scale, 12,500 examples in batches of 64:
+    accelerate launch --config_file configs/fsdp.yaml train.py --selected runs/paper/main/1/selected.jsonl \\
+        --personas runs/paper/personas.jsonl --output runs/paper/main/1/model
+A training that was interrupted starts from the beginning.
+"""
+import json
+import math
+import os
+import shutil
+from contextlib import nullcontext
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from common import (add_dtype_flag, check_settings, fail, fingerprints, known, load_model, load_tokenizer,
+                    model_name, not_negative, positive, progress, read_conversations, read_gold, read_personas,
+                    read_tasks, response_form, sample_pairs, say, stage_parser, start_processes, supervised_ids)
+
+
+def example_chat(name, task, conversation, response=None):
+    """One training example: figure 17's form with the response at its end; without one (`--target none`) it ends with
+    the last question, since nothing after that is learned from."""
+    form = response_form(name, task, conversation)
+    return form[:-1] if response is None else [*form, {"role": "assistant", "content": response}]
+
+
+def collate(examples, pad):
+    """[(ids, labels)] -> ids, mask, labels, each (B, T), padded on the right; the mask is made from lengths, since pad
+    may be EOS, and an EOS inside a conversation must be seen."""
+    T = max(len(ids) for ids, _ in examples)
+    ids = torch.tensor([row + [pad] * (T - len(row)) for row, _ in examples])
+    mask = torch.tensor([[1] * len(row) + [0] * (T - len(row)) for row, _ in examples])
+    labels = torch.tensor([row + [-100] * (T - len(row)) for _, row in examples])
+    return ids, mask, labels
+
+
+def sum_loss(model, ids, mask, labels):
+    """Sum over the supervised tokens of -log p(token | all before it), a scalar. ids, mask, labels: (B, T).
+
+    Logits are computed only in columns where some row has a target: at 32,000 words a full tensor is the largest one.
+    """
+    targets = F.pad(labels[:, 1:], (0, 1), value=-100)          # (B, T): column t is predicted from columns 0..t
+    columns = (targets != -100).any(0).nonzero()[:, 0]          # (C,)
+    columns = columns if len(columns) else columns.new_zeros(1)
+    logits = model(input_ids=ids, attention_mask=mask, logits_to_keep=columns, use_cache=False).logits   # (B, C, V)
+    return F.cross_entropy(logits.float().flatten(0, 1), targets[:, columns].flatten(), ignore_index=-100,
+                           reduction="sum")                     # -sum log p_Q(s*, r | t)
+
+
+def epoch_batches(lengths, batch_size, generator):
+    """One epoch: random batches of indices; inside a batch examples are sorted by length, so that the micro-batches cut
+    from it need little padding, while every batch remains a fair sample."""
+    order = generator.permutation(len(lengths)).tolist()
+    return [sorted(order[i:i + batch_size], key=lambda j: lengths[j]) for i in range(0, len(order), batch_size)]
+
+
+def micro_batches(batch, count):
+    """A batch of indices as `count` runs of about equal length; of a short last batch some may be empty."""
+    return [run.tolist() for run in np.array_split(batch, count)]
+
+
+def parse_args():
+    parser = stage_parser(__doc__, "model folder", "train on the conversations of a seeded sample of N pairs")
+    parser.add_argument("--base", default="mistralai/Mistral-7B-Instruct-v0.2", help="Q_BASE, loaded anew every time")
+    parser.add_argument("--selected", required=True, help="selected conversations (JSONL)")
+    parser.add_argument("--tasks", default="data/tasks.jsonl", help="tasks (JSONL)")
+    parser.add_argument("--personas", default="runs/personas.jsonl", help="personas (JSONL)")
+    parser.add_argument("--gold", default="runs/gold.jsonl", help="gold responses (JSONL), read for --target gold")
+    parser.add_argument("--target", choices=("response", "none", "gold"), default="response",
+                        help="what follows a conversation: the method, the ablation w/o regularisation, w/ gold")
+    parser.add_argument("--lr", type=not_negative, default=2e-5, help="peak; cosine to 0")
+    parser.add_argument("--warmup", type=not_negative, default=0.1, help="share of the steps")
+    parser.add_argument("--epochs", type=positive, default=1, help="passes over the examples")
+    parser.add_argument("--batch-size", type=positive, default=64, help="examples in a step, on all devices together")
+    parser.add_argument("--micro-batch-size", type=positive, default=4, help="examples on a device at a time")
+    parser.add_argument("--max-length", type=positive, default=2048,
+                        help="tokens; a longer example is dropped and counted, never cut (the release cut at 1024)")
+    parser.add_argument("--validation", type=not_negative, default=0.05, help="share of the examples held out")
+    parser.add_argument("--clip", type=not_negative, default=1.0, help="largest norm of the gradient")
+    parser.add_argument("--gradient-checkpointing", action="store_true", help="less memory, a third more time")
+    add_dtype_flag(parser)
+    args = parser.parse_args()
+    if args.validation >= 1 or args.warmup > 1:
+        parser.error("--validation must be below 1, and --warmup at most 1")
+    return args
+
+
+def read_examples(args, tokenizer):
+    """[(ids, labels)] of all usable selected rows, and a sentence on those that were left out."""
+    tasks, personas = read_tasks(args.tasks), read_personas(args.personas)
+    golds = read_gold(args.gold) if args.target == "gold" else {}
+    rows = list(read_conversations(args.selected, gold_log_prob=(int, float), response=(str, type(None))))
+    pairs = set(sample_pairs(sorted({(row["task_id"], row["persona_id"]) for row in rows}), args.limit, args.seed))
+    examples, refused, too_long = [], 0, 0
+    for row in rows:
+        pair = row["task_id"], row["persona_id"]
+        task, persona = known(row, tasks, personas, args.selected)
+        target = {"response": row.get("response"), "none": None, "gold": golds.get(pair)}[args.target]
+        if pair not in pairs:
+            continue
+        if "refused" in row or (args.target == "gold" and pair in golds and target is None):
+            refused += 1
+        elif target is None and args.target != "none":
+            fail(f"{args.selected if args.target == 'response' else args.gold}: no {args.target} for {pair}. Run "
+                 "select.py without --no-response, or gold.py for that split.")
+        else:
+            chat = example_chat(persona["name"], task["task"], row["conversation"], target)
+            example = supervised_ids(tokenizer, chat)
+            too_long += len(example[0]) > args.max_length
+            examples += [example] if len(example[0]) <= args.max_length else []
+    if not examples:
+        fail(f"{args.selected}: no example to train on ({refused} refused, {too_long} above --max-length tokens). "
+             "Select conversations first, or raise --max-length.")
+    return examples, f"{refused} refused, {too_long} longer than {args.max_length} tokens dropped"
+
+
+def main():
+    args = parse_args()
+    from transformers import get_cosine_schedule_with_warmup, set_seed
+    if args.base.startswith("openai:"):
+        fail(f"--base {args.base}: a local model is trained. Give a folder or a hub name.")
+    processes = accelerator = start_processes(args.base)
+    settings = {"stage": "train", "base": model_name(args.base), "target": args.target,
+                **fingerprints(args, "selected", "tasks", "personas", *["gold"] * (args.target == "gold")),
+                "lr": args.lr, "warmup": args.warmup, "epochs": args.epochs, "batch_size": args.batch_size,
+                "max_length": args.max_length, "validation": args.validation, "clip": args.clip, "dtype": args.dtype,
+                "seed": args.seed, "limit": args.limit}         # a larger limit makes another model, not more rows
+    if processes.is_main_process:
+        Path(args.output).parent.mkdir(parents=True, exist_ok=True)
+        check_settings(args.output, settings)
+    processes.wait_for_everyone()
+    if Path(args.output).exists():
+        return say(processes, f"{args.output}: trained already, with these settings")
+
+    set_seed(args.seed)
+    tokenizer = load_tokenizer(args.base)
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    examples, left_out = read_examples(args, tokenizer)
+    generator = np.random.default_rng(args.seed)
+    order = generator.permutation(len(examples))
+    held_out = math.ceil(args.validation * len(examples)) if len(examples) > 1 else 0
+    validation, examples = [examples[i] for i in order[:held_out]], [examples[i] for i in order[held_out:]]
+
+    world = accelerator.num_processes
+    accumulation = math.ceil(args.batch_size / (args.micro_batch_size * world))
+    epochs = [epoch_batches([len(ids) for ids, _ in examples], args.batch_size, generator) for _ in range(args.epochs)]
+    batches = [batch for epoch in epochs for batch in epoch]
+    say(processes, f"{len(examples)} examples + {len(validation)} held out ({left_out}); batch {args.batch_size} = "
+                   f"{args.micro_batch_size} x accumulation {accumulation} x {world} processes; {len(batches)} steps")
+    say(processes, "Supervised, in the first example:",
+        json.dumps(tokenizer.decode([label for label in examples[0][1] if label != -100]), ensure_ascii=False))
+
+    model = load_model(args.base, args.dtype)                   # Q_BASE, not Q_{t-1}
+    if args.gradient_checkpointing:
+        model.gradient_checkpointing_enable()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=0.0)
+    model, optimizer = accelerator.prepare(model, optimizer)
+    # Not prepared: Accelerate would step it once for each process.
+    schedule = get_cosine_schedule_with_warmup(optimizer, math.ceil(args.warmup * len(batches)), len(batches))
+
+    def run(indices, pool):
+        """(summed loss, supervised tokens) of some examples; of none, a loss of 0 that still reaches every weight,
+        since all processes must go backward together."""
+        chosen = [pool[i] for i in indices] or [(pool[0][0], [-100] * len(pool[0][0]))]
+        ids, mask, labels = (tensor.to(accelerator.device) for tensor in collate(chosen, pad))
+        return sum_loss(model, ids, mask, labels), int((labels[:, 1:] != -100).sum())
+
+    def validation_loss():
+        """Mean loss of a supervised token, in nats; the examples are dealt to the processes."""
+        model.eval()
+        total = torch.zeros(2, dtype=torch.float64, device=accelerator.device)
+        with torch.no_grad():
+            for batch in micro_batches(range(len(validation)), world * math.ceil(
+                    len(validation) / (args.micro_batch_size * world)))[accelerator.process_index::world]:
+                loss, tokens = run(batch, validation)
+                total += torch.tensor([loss.item(), tokens], device=accelerator.device)
+        model.train()
+        total = accelerator.reduce(total)
+        return (total[0] / total[1]).item() if validation else float("nan")
+
+    before, losses = validation_loss(), []
+    bar = progress(len(batches), "steps", processes)
+    model.train()
+    for batch in batches:
+        # The loss of a step: summed over the supervised tokens of the whole batch, divided by their number. (A mean of
+        # micro-batch means would weigh the tokens of short conversations more.)
+        supervised = sum(label != -100 for i in batch for label in examples[i][1][1:])
+        total = torch.zeros((), dtype=torch.float64, device=accelerator.device)
+        mine = micro_batches(batch, accumulation * world)[accelerator.process_index::world]
+        for number, indices in enumerate(mine):
+            last = number == len(mine) - 1
+            with nullcontext() if last else accelerator.no_sync(model):
+                loss, _ = run(indices, examples)
+                accelerator.backward(loss * world / supervised)     # x world: DDP and FSDP average over the processes
+            total += loss.detach()
+        accelerator.clip_grad_norm_(model.parameters(), args.clip)
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+        losses.append(accelerator.reduce(total).item() / supervised)
+        bar.update()
+        bar.set_postfix(loss=f"{losses[-1]:.3f}")
+    bar.close()
+    after = validation_loss()
+
+    state = accelerator.get_state_dict(model)                   # all processes: under FSDP the weights are gathered
+    if processes.is_main_process:
+        unfinished = f"{args.output}.tmp"
+        shutil.rmtree(unfinished, ignore_errors=True)
+        state = {name: weight.to(getattr(torch, args.dtype)) for name, weight in state.items()}
+        accelerator.unwrap_model(model).save_pretrained(unfinished, state_dict=state)
+        tokenizer.save_pretrained(unfinished)
+        os.replace(unfinished, args.output)                     # whole or not at all
+    processes.wait_for_everyone()
+    say(processes, f"{args.output}: {len(batches)} steps, loss {losses[0]:.3f} -> {losses[-1]:.3f}, held out "
+                   f"{before:.3f} -> {after:.3f} nats a token")
+
+
+if __name__ == "__main__":
+    main()
