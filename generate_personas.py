@@ -7,7 +7,8 @@ text or a name, since the name is all that the Questioner is told; a reply that 
     writes  --output    {"persona_id": "A00", "split": "A", "name": "June", "persona": "I'm June. I'm from a small ..."}
 
 On a laptop, with the embedded world's server (toy/server.py) running:
-    python generate_personas.py --model openai:persona-writer@http://127.0.0.1:8765/v1 --splits A=8,test=4 --output runs/p.jsonl
+    python generate_personas.py --model openai:persona-writer@http://127.0.0.1:8765/v1 --splits A=8,test=4 \\
+        --output runs/p.jsonl
 The paper's scale, 110 calls (the paper's writer, gpt-4-0613, was shut down in October 2026):
     python generate_personas.py --model openai:MODEL --output runs/paper/personas.jsonl
 """

@@ -68,6 +68,23 @@ def make_model(vocabulary, seed=0, family="mistral", room=4096):
                        tie_word_embeddings=False, **more)).eval()
 
 
+def save_bigram_model(folder, tokenizer, table):
+    """A Mistral whose layer does nothing and whose embeddings are unit vectors is a bigram model: its logits after
+    token i are column i of `table` (V, V)."""
+    V = len(table)
+    model = MistralForCausalLM(MistralConfig(
+        vocab_size=V, hidden_size=V, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1,
+        intermediate_size=2, sliding_window=None, tie_word_embeddings=False, rms_norm_eps=0.0))
+    with torch.no_grad():
+        model.model.embed_tokens.weight.copy_(torch.eye(V))
+        model.model.layers[0].self_attn.o_proj.weight.zero_()
+        model.model.layers[0].mlp.down_proj.weight.zero_()
+        model.lm_head.weight.copy_(torch.as_tensor(table) / V ** 0.5)       # RMSNorm scales a unit vector by sqrt(V)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
 def save_model(folder, family="mistral", seed=0, **more):
     tokenizer = make_tokenizer(family)
     model = make_model(len(tokenizer), seed, **more)

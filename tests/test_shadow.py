@@ -1,0 +1,57 @@
+"""select.py has the name of a standard module: programs started in this folder must get the real one."""
+import os
+import subprocess
+import sys
+
+import pytest
+
+from conftest import ROOT
+
+REAL = "import select, sys; assert hasattr(select, 'select') and not hasattr(select, 'select_best'), select"
+
+
+def python(*args, **more):
+    done = subprocess.run([sys.executable, *args], cwd=ROOT, capture_output=True, text=True, timeout=100, **more)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.mark.parametrize("module", ["selectors", "subprocess", "asyncio", "torch", "select"])
+def test_importing_from_this_folder(module):
+    python("-c", f"import {module}; {REAL}")
+
+
+def test_select_select_is_the_real_one():
+    code = "import os, select; r, w = os.pipe(); os.write(w, b'x'); print(select.select([r], [], [], 1)[0] == [r])"
+    assert python("-c", code) == "True\n"
+
+
+def test_the_folder_may_be_given_in_other_ways(tmp_path):
+    """On PYTHONPATH, and through a symbolic link."""
+    link = tmp_path / "link"
+    link.symlink_to(ROOT)
+    python("-c", REAL, env={**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{link}"})
+
+
+def test_where_select_is_built_in_it_is_found_first():
+    """Some Pythons build `select` in. Its finder stands before the path, so this file is never asked."""
+    code = ("import sys, importlib.machinery as m\n"
+            "real = m.PathFinder.find_spec('select', [p for p in sys.path if p])\n"
+            "class BuiltIn:\n    find_spec = staticmethod(lambda name, *_: real if name == 'select' else None)\n"
+            f"sys.modules.pop('select', None); sys.meta_path.insert(0, BuiltIn); {REAL}; import subprocess, asyncio")
+    python("-c", code)
+
+
+def test_pytest_runs_from_this_folder():
+    assert "--version" in python("-m", "pytest", "--help")
+
+
+@pytest.mark.parametrize("launcher", [["torch.distributed.run", "--nproc_per_node", "1"],
+                                      ["accelerate.commands.launch", "--cpu", "--num_processes", "1"]])
+def test_launchers_run_the_stage(launcher):
+    """`torchrun select.py` and `accelerate launch select.py`, by the modules behind the two commands."""
+    assert "Algorithm 1, lines 4 and 5" in python("-m", *launcher, "select.py", "--help")
+
+
+def test_the_stage_loads_under_another_name(select_stage):
+    assert select_stage.select_best({0: -2.0, 1: -1.0}, 1) == [1]
