@@ -16,19 +16,23 @@ import hashlib
 import json
 import os
 import re
+import socket
 import sys
 from collections import defaultdict
 from glob import glob, escape
 from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
+from urllib.parse import urlsplit
+from urllib.request import getproxies
 
 import numpy as np
 
 
 def fail(message):
     """Bad input: one line that says where, what, and what to do; exit status 2."""
-    print(f"{Path(sys.argv[0]).name}: error: {message}", file=sys.stderr, flush=True)
+    from tqdm import tqdm
+    tqdm.write(f"{Path(sys.argv[0]).name}: error: {message}", file=sys.stderr)     # on a line of its own beside a bar
     raise SystemExit(2)
 
 
@@ -60,7 +64,6 @@ def read_rows(path, fields, key, optional=()):
         fail(f"{path}: not finished: the stage that writes it was interrupted. Start that stage again; it goes on.")
     try:
         file = open(path, "rb")
-        file.peek(1) if path.is_file() else fail(f"{path}: not a file. Give the path of a JSONL file.")
     except OSError as error:
         fail(f"{path}: {error.strerror}. Run the stage that writes this file first, or correct the path.")
     with file:
@@ -167,24 +170,38 @@ def fingerprint(path):
     return hashlib.sha256(source.read_bytes()).hexdigest()[:12] if source.is_file() else None
 
 
-def check_settings(output, settings):
-    """Keeps OUTPUT.settings.json beside an output; refuses to add to rows that were made with other settings.
+def claim(output, settings):
+    """Takes an output for this program: returns a file handle that keeps other programs out as long as it is open.
 
-    settings: whatever changes the content of rows; not the limit, batch size, device, URL or concurrency.
+    OUTPUT.settings.json, beside the output, holds whatever changes the content of its rows (models, prompts,
+    temperatures, n, seed; not the limit, batch size, device, URL or concurrency). What was made with other settings is
+    not added to.
     """
-    path = Path(f"{output}.settings.json")
-    settings = json.loads(json.dumps(settings))
-    if path.exists():
-        old = json.loads(path.read_text())
-        differ = [f"{k}: {old.get(k)!r} there, {settings.get(k)!r} now" for k in sorted({*old, *settings})
-                  if old.get(k) != settings.get(k)]
+    path, settings = Path(f"{output}.settings.json"), json.loads(json.dumps(settings))
+    has_rows = Path(output).exists() or unfinished(output)
+    if has_rows and not path.exists():
+        fail(f"{output} exists without {path.name}, so this stage did not write it. Give another --output.")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle = open(path, "a+", encoding="utf-8")
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        fail(f"{output}: another run is writing this output. Wait for it, or give another --output.")
+    except OSError as error:
+        fail(f"{output}: {error.strerror}. Give an --output in a folder that can be written.")
+    if has_rows:
+        handle.seek(0)
+        old = json.load(handle)
+        differ = [f"{k}: {str(old.get(k))[:60]!r} there, {str(settings.get(k))[:60]!r} now"
+                  for k in sorted({*old, *settings}) if old.get(k) != settings.get(k)]
         if differ:
             fail(f"{output} was made with other settings ({'; '.join(differ)}). Give another --output, or delete "
-                 f"{output}, its .part-* files and its .settings.json.")
-    elif Path(output).exists():
-        fail(f"{output} exists without {path.name}, so this stage did not write it. Give another --output.")
+                 f"{output}*.")
     else:
-        write_whole(path, json.dumps(settings, indent=1, ensure_ascii=False) + "\n")
+        handle.truncate(0)
+        handle.write(json.dumps(settings, indent=1, ensure_ascii=False) + "\n")
+        handle.flush()
+    return handle
 
 
 def write_whole(path, text):
@@ -201,17 +218,9 @@ class Rows:
     def __init__(self, path, key, settings, processes):
         self.path, self.key, self.processes = Path(path), key, processes
         if processes.is_main_process:
-            try:
-                self.path.parent.mkdir(parents=True, exist_ok=True)
-                check_settings(self.path, settings)
-                self.lock = open(f"{path}.settings.json")        # held as long as this program runs
-                fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                if unfinished(path):
-                    self._merge(unfinished(path), f"{path}.part-0")
-            except BlockingIOError:
-                fail(f"{path}: another run is writing this output. Wait for it, or give another --output.")
-            except OSError as error:
-                fail(f"{path}: {error.strerror}. Give an --output in a folder that can be written.")
+            self.claim = claim(path, settings)
+            if unfinished(path):
+                self._merge(unfinished(path), f"{path}.part-0")
         processes.wait_for_everyone()
         self.done = {self._identity(line) for file in (self.path, f"{path}.part-0") if Path(file).exists()
                      for line in open(file, encoding="utf-8")}
@@ -255,8 +264,9 @@ class Rows:
         indices that are done, yields (index, value); to_row: (index, value) -> row; show: row -> text, for one sample.
         """
         done = {i for i, key in enumerate(keys) if key in self}
+        missing = results(done) if len(done) < len(keys) else ()
         bar = progress(len(keys), what, self.processes, len(done))
-        for i, value in results(done) if len(done) < len(keys) else ():
+        for i, value in missing:
             row = to_row(i, value)
             self.add([row])
             bar.update((i not in done) * self.processes.num_processes)
@@ -485,6 +495,13 @@ class ServerModel:
         key = os.environ.get("OPENAI_API_KEY") or ("none" if url else fail(
             f"{spec}: no key. Set OPENAI_API_KEY, or name a server of your own: {spec}@http://127.0.0.1:8000/v1"))
         self.url, self.args = url or "https://api.openai.com/v1", args
+        if not getproxies():                                    # find a wrong URL now, not after 8 patient repetitions
+            try:
+                address = urlsplit(self.url)
+                port = address.port or (443 if address.scheme == "https" else 80)
+                socket.create_connection((address.hostname, port), timeout=10).close()
+            except (OSError, ValueError) as error:
+                fail(f"{spec}: no server at {self.url} ({error}). Start the server, or correct the URL.")
         self.loop = asyncio.new_event_loop()
         self.client = AsyncOpenAI(base_url=url, api_key=key, max_retries=8, timeout=args.timeout)
 

@@ -185,8 +185,8 @@ def main():
                                        args.max_tokens)
         return ask, answer
 
-    bar = progress(len(rows), "conversations", processes, done=len(rows) - sum(map(len, todo)))
     speakers = open_models() if todo else None
+    bar = progress(len(rows), "conversations", processes, done=len(rows) - sum(map(len, todo)))
     for number, block in enumerate(todo[processes.process_index::processes.num_processes]):
         simulate(block, *speakers)
         output.add({name: value for name, value in row.items() if name != "cut" or value} for row in block)

@@ -28,7 +28,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from common import (add_dtype_flag, check_settings, fail, fingerprints, known, load_model, load_tokenizer,
+from common import (add_dtype_flag, claim, fail, fingerprints, known, load_model, load_tokenizer,
                     model_name, not_negative, positive, progress, read_conversations, read_gold, read_personas,
                     read_tasks, response_form, sample_pairs, say, stage_parser, start_processes, supervised_ids)
 
@@ -141,9 +141,7 @@ def main():
                 "lr": args.lr, "warmup": args.warmup, "epochs": args.epochs, "batch_size": args.batch_size,
                 "max_length": args.max_length, "validation": args.validation, "clip": args.clip, "dtype": args.dtype,
                 "seed": args.seed, "limit": args.limit}         # a larger limit makes another model, not more rows
-    if processes.is_main_process:
-        Path(args.output).parent.mkdir(parents=True, exist_ok=True)
-        check_settings(args.output, settings)
+    claimed = claim(args.output, settings) if processes.is_main_process else None
     processes.wait_for_everyone()
     if Path(args.output).exists():
         return say(processes, f"{args.output}: trained already, with these settings")
@@ -227,6 +225,7 @@ def main():
         accelerator.unwrap_model(model).save_pretrained(unfinished, state_dict=state)
         tokenizer.save_pretrained(unfinished)
         os.replace(unfinished, args.output)                     # whole or not at all
+        claimed.close()
     processes.wait_for_everyone()
     say(processes, f"{args.output}: {len(batches)} steps, loss {losses[0]:.3f} -> {losses[-1]:.3f}, held out "
                    f"{before:.3f} -> {after:.3f} nats a token")

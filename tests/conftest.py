@@ -126,6 +126,20 @@ def run_stage(script, *args, status=0, **more):
 
 
 @pytest.fixture
+def run(monkeypatch, capfd):
+    """Calls a stage's main with flags, as its command line would; returns what it printed (stdout, stderr)."""
+    def call(stage, *flags, status=None):
+        monkeypatch.setattr(sys, "argv", [stage.__name__ + ".py", *map(str, flags)])
+        try:
+            stage.main()
+            assert status is None, "the stage should have failed"
+        except SystemExit as end:
+            assert end.code == status, capfd.readouterr()
+        return capfd.readouterr()
+    return call
+
+
+@pytest.fixture
 def server():
     """An OpenAI-compatible server that keeps every request; `server.reply(request) -> (status, answer or text)`."""
     class Handler(BaseHTTPRequestHandler):
@@ -157,35 +171,41 @@ def server():
     http.shutdown()
 
 
+class World:
+    """A small data set in a folder: 4 tasks and 3 personas in each of two splits, with a gold response for each pair."""
+
+    def __init__(self, folder):
+        self.folder = folder
+        self.tasks = [{"task_id": f"{s}{i}", "split": s, "task": f"Help me with thing {i} of {s}."}
+                      for s in ("A", "test") for i in range(4)]
+        self.personas = [{"persona_id": f"{s}p{i}", "split": s, "name": name, "persona": f"I'm {name}. I like {like}."}
+                         for s, names in (("A", ("Ann", "Bob", "Cid")), ("test", ("Dee", "Eve", "Fay")))
+                         for i, (name, like) in enumerate(zip(names, ("tea", "soup", "pie")))]
+        self.gold = [{"task_id": t["task_id"], "persona_id": p["persona_id"], "split": t["split"],
+                      "gold": f"{p['name']}, try {p['persona'][-4:-1]} for {t['task_id']}."}
+                     for t in self.tasks for p in self.personas if t["split"] == p["split"]]
+        for name in ("tasks", "personas", "gold"):
+            write_rows(self.path(f"{name}.jsonl"), getattr(self, name))
+
+    def path(self, name):
+        return str(self.folder / name)
+
+    def flags(self, *names):
+        """["--tasks", its path, ...]"""
+        return [part for name in names for part in (f"--{name}", self.path(f"{name}.jsonl"))]
+
+    def conversations(self, split, n=2, word="red"):
+        """Rows of conversations with 1, 2 or 3 questions, by pair."""
+        def talk(length, sample, persona_id):
+            return [turn for k in range(length) for turn in (
+                {"role": "assistant", "content": f"What about {word} {k}?"},
+                {"role": "user", "content": f"Number {sample} of {persona_id}."})]
+        pairs = [(g["task_id"], g["persona_id"]) for g in self.gold if g["split"] == split]
+        return [{"task_id": task_id, "persona_id": persona_id, "sample": sample, "split": split,
+                 "conversation": talk(1 + i % 3, sample, persona_id)}
+                for i, (task_id, persona_id) in enumerate(pairs) for sample in range(n)]
+
+
 @pytest.fixture
 def world(tmp_path):
-    """A small data set: 4 tasks and 3 personas in each of two splits, with gold responses, as files; .path(name)."""
-    class World:
-        tasks = [{"task_id": f"{s}{i}", "split": s, "task": f"Help me with thing {i} of {s}."}
-                 for s in ("A", "test") for i in range(4)]
-        personas = [{"persona_id": f"{s}p{i}", "split": s, "name": name, "persona": f"I'm {name}. I like {like}."}
-                    for s, names in (("A", ("Ann", "Bob", "Cid")), ("test", ("Dee", "Eve", "Fay")))
-                    for i, (name, like) in enumerate(zip(names, ("tea", "soup", "pie")))]
-        gold = [{"task_id": t["task_id"], "persona_id": p["persona_id"], "split": t["split"],
-                 "gold": f"{p['name']}, try {p['persona'][-4:-1]} for {t['task_id']}."}
-                for t in tasks for p in personas if t["split"] == p["split"]]
-        folder = tmp_path
-
-        def path(self, name):
-            return str(self.folder / name)
-
-        def flags(self, *names):
-            return [part for name in names for part in (f"--{name}", self.path(f"{name}.jsonl"))]
-
-        def conversations(self, split, n=2, word="red"):
-            return [{"task_id": g["task_id"], "persona_id": g["persona_id"], "sample": s, "split": split, "conversation": [
-                        turn for k in range(1 + (len(g["task_id"]) + i) % 3) for turn in (
-                            {"role": "assistant", "content": f"What about {word} {k}?"},
-                            {"role": "user", "content": f"Number {s} of {g['persona_id']}."})]}
-                    for i, g in enumerate(self.gold) if g["split"] == split for s in range(n)]
-
-    made = World()
-    write_rows(made.path("tasks.jsonl"), made.tasks)
-    write_rows(made.path("personas.jsonl"), made.personas)
-    write_rows(made.path("gold.jsonl"), made.gold)
-    return made
+    return World(tmp_path)

@@ -262,12 +262,12 @@ def test_passing_errors_are_repeated_and_lasting_ones_end_the_program(server, ca
     assert end.value.code == 2 and "answers 404" in capsys.readouterr().err
 
 
-def test_a_model_is_named_by_one_string():
+def test_a_model_is_named_by_one_string(server):
+    model = common.ServerModel(f"openai:a/b@{server.url}", args_for_server())
+    assert (model.name, model.url) == ("a/b", server.url)
     assert common.model_name("openai:mistralai/Mixtral@http://h:1/v1") == "mistralai/Mixtral"
     assert common.model_name("openai:gpt-5") == "gpt-5"
     assert common.model_name("mistralai/Mistral-7B-Instruct-v0.2") == "mistralai/Mistral-7B-Instruct-v0.2"
-    model = common.ServerModel("openai:a/b@https://h:1/v1", args_for_server())
-    assert (model.name, model.url) == ("a/b", "https://h:1/v1")
 
 
 def test_no_key_for_the_public_server(monkeypatch, capsys):
