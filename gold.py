@@ -9,7 +9,8 @@ Input of Algorithm 1: the responses G. The Questioner never sees them; they only
 
 A pair that the Oracle refused carries `refused` with the reason instead, and is left out of everything that follows.
 
-On a laptop, with the embedded world's server (toy/server.py) running and its tasks written by toy/world.py:
+On a laptop, with the embedded world's server (toy/server.py) running:
+    python toy/world.py --output runs/t.jsonl --tasks-per-split 6
     python gold.py --oracle openai:oracle@http://127.0.0.1:8765/v1 --tasks runs/t.jsonl --personas runs/p.jsonl \\
         --split test --limit 20 --output runs/g.jsonl
 The paper's scale, 2 x 250 x 50 + 50 x 10 = 25,500 calls:

@@ -4,8 +4,9 @@
 #   bash run.sh smoke     every step on a real, tiny language model: two CPU cores, no key, no hub, about two minutes
 #   bash run.sh paper     the published settings: needs GPUs, servers and an API key; read the variables below first
 #
-#   RUN=folder   where the output goes           SEED=n      all randomness
-#   SPLIT=dev    evaluate on another split       VARIANTS="main"   only these
+#   RUN=folder   where the output goes            SEED=n            of all randomness
+#   SPLIT=dev    evaluate on another split        VARIANTS=main     only these variants
+#   LIMIT=n      a seeded sample of n (task, persona) pairs of each split: a trial before a large run
 #
 # A run that was interrupted goes on where it stopped: start it again with the same words.
 set -eo pipefail
@@ -35,6 +36,7 @@ smoke)                                          # the embedded world (toy/): its
     ORACLE=openai:oracle@$url
     ROLEPLAYER=openai:roleplayer@$url
     JUDGE=openai:judge@$url
+    EXTRA="{}"
     TASKS=$RUN/tasks.jsonl
     PERSONA_SPLITS=A=6,dev=6,test=6             # 6 tasks x 6 personas = 36 pairs a split
     GOLD_SPLITS=A
@@ -57,25 +59,30 @@ paper)                                          # the published run's settings a
     ORACLE=${ORACLE:?set ORACLE to the model that plays Oracle and judge, such as openai:MODEL}
     WRITER=${WRITER:-$ORACLE}
     JUDGE=${JUDGE:-$ORACLE}
+    # Arguments of their requests, as JSON; null takes one away. Some models refuse max_tokens or temperature:
+    # EXTRA='{"max_tokens": null, "temperature": null, "max_completion_tokens": 900}'
+    EXTRA=${EXTRA:-"{}"}
     # The Roleplayer answers some 2 questions in each of 250 x 50 x 10 = 125,000 conversations an iteration, 250,000
     # answers. Mixtral does not fit beside the Questioner on one card: serve it elsewhere, for example with
     # `vllm serve mistralai/Mixtral-8x7B-Instruct-v0.1 --tensor-parallel-size 2`.
     ROLEPLAYER=${ROLEPLAYER:?set ROLEPLAYER, such as openai:mistralai/Mixtral-8x7B-Instruct-v0.1@http://host:8000/v1}
     TASKS=${TASKS:-data/tasks.jsonl}
-    PERSONA_SPLITS=A=50,B=50,test=10
+    PERSONA_SPLITS=${PERSONA_SPLITS:-A=50,B=50,test=10}
     GOLD_SPLITS="A B"
     N=10
-    LAUNCH="accelerate launch --config_file configs/ddp.yaml"               # simulate, select, evaluate: a copy a GPU
-    LAUNCH_TRAINING="accelerate launch --config_file configs/fsdp.yaml"     # train: the weights are dealt to the GPUs
+    # simulate, select and evaluate keep a copy of the model on each GPU; train deals one model's weights, gradients and
+    # optimizer state to all of them. On a single GPU set both to "python".
+    LAUNCH=${LAUNCH:-accelerate launch --config_file configs/ddp.yaml}
+    LAUNCH_TRAINING=${LAUNCH_TRAINING:-accelerate launch --config_file configs/fsdp.yaml}
     MODEL=() ANSWER=() LEARN=()
     ;;
 *)
-    sed -n '2,9s/^# \{0,1\}//p' "$0" >&2
+    sed -n '2,11s/^# \{0,1\}//p' "$0" >&2
     exit 2
     ;;
 esac
 
-DATA=(--tasks "$TASKS" --personas "$RUN/personas.jsonl" --seed "$SEED")
+DATA=(--tasks "$TASKS" --personas "$RUN/personas.jsonl" --seed "$SEED" ${LIMIT:+--limit "$LIMIT"})
 SIMULATE=($LAUNCH simulate.py "${DATA[@]}" "${MODEL[@]}" "${ANSWER[@]}" --roleplayer "$ROLEPLAYER" --n $N)
 SELECT=($LAUNCH select.py "${DATA[@]}" "${MODEL[@]}" "${ANSWER[@]}" --gold "$RUN/gold.jsonl" --base "$BASE")
 TRAIN=($LAUNCH_TRAINING train.py "${DATA[@]}" "${MODEL[@]}" "${LEARN[@]}" --gold "$RUN/gold.jsonl" --base "$BASE")
@@ -86,7 +93,7 @@ EVALUATE=($LAUNCH evaluate.py "${DATA[@]}" "${MODEL[@]}" "${ANSWER[@]}" --gold "
 evaluate() {
     "${SIMULATE[@]}" --questioner "$3" --split "$SPLIT" --output "$4/$SPLIT.jsonl"
     against=()
-    [ "$2" = 0 ] || against=(--baseline "$RUN/base/$SPLIT" --judge "$JUDGE")
+    [ "$2" = 0 ] || against=(--baseline "$RUN/base/$SPLIT" --judge "$JUDGE" --extra "$EXTRA")
     "${EVALUATE[@]}" --variant "$1" --iteration "$2" --questioner "$3" --conversations "$4/$SPLIT.jsonl" \
         "${against[@]}" --output "$4/$SPLIT"
     if [ "$MODE" = smoke ]; then                # only the embedded world can be asked what matters
@@ -97,8 +104,9 @@ evaluate() {
 }
 
 # Line 1, the input: personas U and gold responses G. (The tasks T are there.)
-python generate_personas.py --model "$WRITER" --splits $PERSONA_SPLITS --seed "$SEED" --output "$RUN/personas.jsonl"
-python gold.py "${DATA[@]}" --oracle "$ORACLE" --split $GOLD_SPLITS "$SPLIT" --output "$RUN/gold.jsonl"
+python generate_personas.py --model "$WRITER" --extra "$EXTRA" --splits $PERSONA_SPLITS --seed "$SEED" \
+    --output "$RUN/personas.jsonl"
+python gold.py "${DATA[@]}" --oracle "$ORACLE" --extra "$EXTRA" --split $GOLD_SPLITS "$SPLIT" --output "$RUN/gold.jsonl"
 evaluate main 0 "$BASE" "$RUN/base"
 
 for variant in $VARIANTS; do

@@ -25,8 +25,9 @@ if __name__ == "select":
     import sys
     from importlib.machinery import PathFinder
     from importlib.util import module_from_spec
-    here = os.path.dirname(os.path.realpath(__file__))
-    spec = PathFinder.find_spec("select", [path for path in sys.path if os.path.realpath(path or ".") != here])
+    # Not from a folder with a select.py: this one, a link to it, another clone. The standard library's is compiled.
+    folders = [folder for folder in sys.path if not os.path.exists(os.path.join(folder or ".", "select.py"))]
+    spec = PathFinder.find_spec("select", folders)
     sys.modules["select"] = module_from_spec(spec)
     spec.loader.exec_module(sys.modules["select"])
 else:

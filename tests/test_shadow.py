@@ -1,5 +1,6 @@
 """select.py has the name of a standard module: programs started in this folder must get the real one."""
 import os
+import shutil
 import subprocess
 import sys
 
@@ -27,10 +28,14 @@ def test_select_select_is_the_real_one():
 
 
 def test_the_folder_may_be_given_in_other_ways(tmp_path):
-    """On PYTHONPATH, and through a symbolic link."""
-    link = tmp_path / "link"
-    link.symlink_to(ROOT)
-    python("-c", REAL, env={**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{link}"})
+    """On PYTHONPATH, through symbolic links to the folder and to the file, and beside another clone."""
+    (tmp_path / "link").symlink_to(ROOT)
+    for name in ("linked", "clone"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "linked" / "select.py").symlink_to(ROOT / "select.py")
+    shutil.copy(ROOT / "select.py", tmp_path / "clone")
+    folders = [ROOT, *(tmp_path / name for name in ("link", "linked", "clone"))]
+    python("-c", REAL, env={**os.environ, "PYTHONPATH": os.pathsep.join(map(str, folders))})
 
 
 def test_where_select_is_built_in_it_is_found_first():

@@ -290,8 +290,8 @@ def test_base_is_small_and_its_words_are_tokens(base):
 
 
 def test_base_copies_asks_and_answers(base):
-    found = pretrain.measure(*base, pretrain.FLOORS)
+    found = pretrain.abilities(*base)
     for ability, floor in pretrain.FLOORS.items():
         assert found[ability] >= floor, found
     assert found["control"] > found["no_conversation"] + 5
-    assert found["relevant_share"] < 0.65  # mostly poor questions: there is something to learn
+    assert 0.35 < found["relevant_share"] < 0.6  # mostly poor questions: there is something to learn
