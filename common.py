@@ -163,11 +163,23 @@ def unfinished(path):
 
 
 def fingerprint(path):
-    """Twelve hex digits that change when an input's content may have changed: a hash of the settings with which a
-    stage wrote it (so that it may grow under a larger --limit) or, for other people's files, of the file itself."""
-    settings = Path(f"{path}.settings.json")
-    source = settings if settings.exists() else Path(path)
-    return hashlib.sha256(source.read_bytes()).hexdigest()[:12] if source.is_file() else None
+    """Twelve hex digits that change when an input's content may have changed, or None for a name that is no path here.
+
+    What a stage wrote: a hash of its settings, so that it may grow under a larger --limit. Other files: of the content.
+    Other folders (models): of the .json files, and of the names and sizes of all.
+    """
+    path, settings = Path(path), Path(f"{path}.settings.json")
+    if settings.exists():
+        content = settings.read_bytes()
+    elif path.is_dir():
+        files = sorted(file for file in path.iterdir() if file.is_file())
+        content = b"".join(f"{file.name} {file.stat().st_size}\n".encode() +
+                           (file.read_bytes() if file.suffix == ".json" else b"") for file in files)
+    elif path.is_file():
+        content = path.read_bytes()
+    else:
+        return None
+    return hashlib.sha256(content).hexdigest()[:12]
 
 
 def claim(output, settings):
@@ -467,8 +479,8 @@ def start_processes(*models):
 
 
 def model_name(spec):
-    """What settings and results record of a model: its name without the URL; for a folder that train.py wrote, with the
-    fingerprint of its settings, so that a model trained anew is another one."""
+    """What settings and results record of a model: its name without the URL; for a folder with its fingerprint, so that
+    a model trained anew is another one."""
     if spec.startswith("openai:"):
         return spec.removeprefix("openai:").split("@http")[0]
     return f"{spec} ({fingerprint(spec)})" if fingerprint(spec) else spec

@@ -40,7 +40,7 @@ smoke)                                          # the embedded world (toy/): its
     TASKS=$RUN/tasks.jsonl
     PERSONA_SPLITS=A=6,dev=6,test=6             # 6 tasks x 6 personas = 36 pairs a split
     GOLD_SPLITS=A
-    N=8
+    SAMPLES=8
     LAUNCH=python
     LAUNCH_TRAINING=python
     MODEL=(--dtype float32)
@@ -69,7 +69,7 @@ paper)                                          # the published run's settings a
     TASKS=${TASKS:-data/tasks.jsonl}
     PERSONA_SPLITS=${PERSONA_SPLITS:-A=50,B=50,test=10}
     GOLD_SPLITS="A B"
-    N=10
+    SAMPLES=10
     # simulate, select and evaluate keep a copy of the model on each GPU; train deals one model's weights, gradients and
     # optimizer state to all of them. On a single GPU set both to "python".
     LAUNCH=${LAUNCH:-accelerate launch --config_file configs/ddp.yaml}
@@ -83,7 +83,7 @@ paper)                                          # the published run's settings a
 esac
 
 DATA=(--tasks "$TASKS" --personas "$RUN/personas.jsonl" --seed "$SEED" ${LIMIT:+--limit "$LIMIT"})
-SIMULATE=($LAUNCH simulate.py "${DATA[@]}" "${MODEL[@]}" "${ANSWER[@]}" --roleplayer "$ROLEPLAYER" --n $N)
+SIMULATE=($LAUNCH simulate.py "${DATA[@]}" "${MODEL[@]}" "${ANSWER[@]}" --roleplayer "$ROLEPLAYER" --samples $SAMPLES)
 SELECT=($LAUNCH select.py "${DATA[@]}" "${MODEL[@]}" "${ANSWER[@]}" --gold "$RUN/gold.jsonl" --base "$BASE")
 TRAIN=($LAUNCH_TRAINING train.py "${DATA[@]}" "${MODEL[@]}" "${LEARN[@]}" --gold "$RUN/gold.jsonl" --base "$BASE")
 EVALUATE=($LAUNCH evaluate.py "${DATA[@]}" "${MODEL[@]}" "${ANSWER[@]}" --gold "$RUN/gold.jsonl" --base "$BASE"

@@ -129,7 +129,7 @@ def parse_args():
     parser.add_argument("--tasks", default="data/tasks.jsonl", help="tasks (JSONL)")
     parser.add_argument("--personas", default="runs/personas.jsonl", help="personas (JSONL)")
     parser.add_argument("--split", default="A", help="A, B, A for iterations 1, 2, 3; test to evaluate")
-    parser.add_argument("--n", type=positive, default=10, help="conversations for each pair")
+    parser.add_argument("--samples", type=positive, default=10, metavar="n", help="conversations for each pair")
     parser.add_argument("--max-turns", type=positive, default=3, metavar="K", help="most questions in a conversation")
     parser.add_argument("--elicitation-prompt", metavar="FILE", help="another one than figure 14's; {name}, {task}")
     parser.add_argument("--temperature", type=not_negative, default=0.9, help="of the Questioner")
@@ -153,7 +153,7 @@ def main():
     output = Rows(args.output, ("task_id", "persona_id", "sample"), {
         "stage": "simulate", "questioner": model_name(args.questioner), "roleplayer": model_name(args.roleplayer),
         "elicitation_prompt": prompt, "roleplayer_system_prompt": ROLEPLAYER_SYSTEM_PROMPT,
-        "roleplayer_prompt": ROLEPLAYER_PROMPT, **fingerprints(args, "tasks", "personas"), "n": args.n,
+        "roleplayer_prompt": ROLEPLAYER_PROMPT, **fingerprints(args, "tasks", "personas"), "n": args.samples,
         "K": args.max_turns, "temperature": args.temperature, "top_p": args.top_p,
         "roleplayer_temperature": args.roleplayer_temperature, "max_tokens": args.max_tokens, "dtype": args.dtype,
         "system": args.system, "extra": args.extra, "seed": args.seed}, processes)
@@ -161,9 +161,9 @@ def main():
     rows = [{"task_id": task["task_id"], "persona_id": persona["persona_id"], "sample": sample, "split": args.split,
              "turns": number_of_turns(task["task_id"], persona["persona_id"], args.max_turns, args.seed),
              "conversation": [], "cut": 0}
-            for task, persona in pairs for sample in range(args.n)]
+            for task, persona in pairs for sample in range(args.samples)]
     rows.sort(key=lambda row: row["turns"])                     # stable; the rows of a block stay alive equally long
-    size = max(1, args.batch_size // args.n) * args.n           # a pair's n samples share a block, and one prefill
+    size = max(1, args.batch_size // args.samples) * args.samples           # a pair's n samples share a block, and one prefill
     blocks = [rows[i:i + size] for i in range(0, len(rows), size)]
     todo = [block for block in blocks if not all(key_of(row) in output for row in block)]
 

@@ -17,7 +17,7 @@ PAPER = {  # star_gate.md's "Settings of the published run"
     "generate_personas": {"splits": "A=50,B=50,test=10", "temperature": 1.4, "top-p": 0.9, "max-tokens": 400},
     "gold": {"temperature": 0.0, "top-p": 0.9, "max-tokens": 300},
     "simulate": {"questioner": "mistralai/Mistral-7B-Instruct-v0.2", "roleplayer": "mistralai/Mixtral-8x7B-Instruct-v0.1",
-                 "n": 10, "max-turns": 3, "temperature": 0.9, "top-p": 0.9, "max-tokens": 700,
+                 "samples": 10, "max-turns": 3, "temperature": 0.9, "top-p": 0.9, "max-tokens": 700,
                  "roleplayer-temperature": 0.0},
     "select": {"base": "mistralai/Mistral-7B-Instruct-v0.2", "k": 1, "pick": "best", "max-tokens": 700},
     "train": {"base": "mistralai/Mistral-7B-Instruct-v0.2", "target": "response", "lr": 2e-05, "warmup": 0.1, "epochs": 1,
@@ -98,6 +98,16 @@ def test_defaults_are_the_papers_and_help_shows_them(stage, helps):
     text = " ".join(helps[f"{stage}.py"].split())
     for flag, value in PAPER[stage].items():
         assert re.search(rf"--{flag} [^\]]*?\(default: {re.escape(str(value))}\)", text.split("options:")[1]), (flag, value)
+
+
+def test_the_launchers_leave_the_stages_flags_alone(flags):
+    """argparse takes a beginning of an option for the option: `torchrun simulate.py --n 10` would end in an error."""
+    from accelerate.commands.launch import launch_command_parser
+    from torch.distributed.run import get_args_parser
+    for launcher in (get_args_parser(), launch_command_parser()):
+        for flag in set.union(*flags.values()):
+            begun = [option for option in launcher._option_string_actions if option.startswith(flag) and option != flag]
+            assert not begun or not launcher.allow_abbrev, f"{flag} is the beginning of {begun}"
 
 
 def test_nothing_else_at_the_top_level():

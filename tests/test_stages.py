@@ -132,7 +132,7 @@ def simulate_flags(world, tiny, server, split="A", output="c.jsonl"):
     prompt = world.folder / "short.txt"
     prompt.write_text("Ask {name} about: {task}")
     return ["--questioner", tiny, "--roleplayer", f"openai:m@{server.url}", *world.flags("tasks", "personas"), *LOCAL,
-            "--split", split, "--n", 3, "--max-tokens", 8, "--elicitation-prompt", prompt, "--output", world.path(output)]
+            "--split", split, "--samples", 3, "--max-tokens", 8, "--elicitation-prompt", prompt, "--output", world.path(output)]
 
 
 def test_turn_counts_are_uniform_and_the_same_for_a_pair_everywhere():
