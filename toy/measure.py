@@ -1,0 +1,104 @@
+"""What evaluate.py cannot know: how well the questions and responses of an iteration fit the embedded world.
+
+    relevant_share   of the questions asked: about a fact that matters for the task
+    question_share   of the responses: another question
+    invented_facts   per response: values of the world in it, each once, that occur in no user turn of the conversation
+                     it answers and not in the task
+
+It reads conversations (simulate.py) and responses (evaluate.py), adds a row for each metric to the results file, and
+prints the toy's table:
+
+    python toy/measure.py --variant main --iteration 1 --roleplayer roleplayer --split dev \\
+        --conversations runs/toy/main/1/conversations.jsonl --responses runs/toy/main/1/responses.jsonl \\
+        --tasks runs/toy/tasks.jsonl --personas runs/toy/personas.jsonl --results runs/toy/results.jsonl
+
+    {"variant": "main", "iteration": 1, "metric": "relevant_share", "condition": "", "roleplayer": "roleplayer",
+     "split": "dev", "mean": 0.78, "sem": 0.02, "n": 192}
+
+All means are over (task, persona) pairs; the samples of a pair are averaged first.
+"""
+import argparse
+import sys
+from pathlib import Path
+
+import world
+
+sys.path.append(str(Path(__file__).resolve().parents[1]))  # the stages: appended, so that they shadow nothing
+from common import (by_pair, fail, known, mean_sem, read_conversations, read_personas, read_rows,  # noqa: E402
+                    read_tasks, write_results)
+from evaluate import table  # noqa: E402
+
+TITLES = {"relevant_share": "Questions about a fact that matters (share; mean over pairs, SEM)",
+          "question_share": "Responses that are another question (share; mean over pairs, SEM)",
+          "invented_facts": "Invented facts in a response (mean over pairs, SEM)"}
+
+
+def relevant_share(conversation, task):
+    """Share of the conversation's questions that are about a slot that matters for the task."""
+    slots = [world.question_slot(turn["content"]) for turn in conversation if turn["role"] == "assistant"]
+    return sum(slot in world.relevant_slots(task) for slot in slots) / len(slots)
+
+
+def is_question(response):
+    """1.0 if the response asks something, else 0.0."""
+    return float("?" in response)
+
+
+def invented_facts(response, conversation, task):
+    """How many facts the response states that neither the user nor the task mentioned."""
+    told = [turn["content"] for turn in conversation if turn["role"] == "user"]
+    return len(world.facts_in(response) - world.facts_in(" ".join([task, *told])))
+
+
+def measure(conversations, responses, tasks):
+    """Rows of both files and {task_id: task row} -> {metric: {(task_id, persona_id): mean over the pair's samples}}."""
+    asked = {(row["task_id"], row["persona_id"], row["sample"]): row["conversation"] for row in conversations}
+    questions = [{**row, "value": relevant_share(row["conversation"], tasks[row["task_id"]]["task"])}
+                 for row in conversations]
+    another = [{**row, "value": is_question(row["response"])} for row in responses]
+    invented = [{**row, "value": invented_facts(
+        row["response"], asked[row["task_id"], row["persona_id"], row["sample"]], tasks[row["task_id"]]["task"])}
+        for row in responses]
+    return {"relevant_share": by_pair(questions, "value"), "question_share": by_pair(another, "value"),
+            "invented_facts": by_pair(invented, "value")}
+
+
+def parse_args():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--variant", default="main", help="main, no_reg, gold, base_answers, or a name of yours")
+    parser.add_argument("--iteration", type=int, required=True, help="t; 0 is Q_BASE")
+    parser.add_argument("--roleplayer", default="roleplayer", help="label of the Roleplayer that answered")
+    parser.add_argument("--split", default="test", help="of the tasks and personas")
+    parser.add_argument("--conversations", required=True, help="Q_t's conversations on the split (JSONL)")
+    parser.add_argument("--responses", required=True, help="the responses to them (JSONL)")
+    parser.add_argument("--tasks", required=True, help="tasks (JSONL)")
+    parser.add_argument("--personas", required=True, help="personas (JSONL)")
+    parser.add_argument("--results", required=True, help="gets a row for each metric; a rerun replaces it")
+    return parser.parse_args()
+
+
+def main():
+    args = parse_args()
+    tasks, personas = read_tasks(args.tasks), read_personas(args.personas)
+    conversations = [row for row in read_conversations(args.conversations)
+                     if known(row, tasks, personas, args.conversations)[0]["split"] == args.split
+                     and "refused" not in row]
+    fields = {"task_id": str, "persona_id": str, "sample": int, "response": str}
+    responses = [row for row in read_rows(args.responses, fields, ("task_id", "persona_id", "sample"))
+                 if known(row, tasks, personas, args.responses)[0]["split"] == args.split and "refused" not in row]
+    asked = {(row["task_id"], row["persona_id"], row["sample"]) for row in conversations}
+    if any((row["task_id"], row["persona_id"], row["sample"]) not in asked for row in responses):
+        fail(f"{args.responses}: answers conversations that are not in {args.conversations}. Give the file behind it.")
+    rows = []
+    for metric, pairs in measure(conversations, responses, tasks).items():
+        mean, sem, n = mean_sem(list(pairs.values()))
+        rows.append({"variant": args.variant, "iteration": args.iteration, "metric": metric, "condition": "",
+                     "roleplayer": args.roleplayer, "split": args.split, "mean": mean, "sem": sem, "n": n})
+    results = [row for row in write_results(args.results, rows) if row["split"] == args.split]
+    for metric, title in TITLES.items():
+        print(*table(results, metric, title), sep="\n")
+    print(f"{args.results}: {len(rows)} means, from {len(conversations)} conversations, {len(responses)} responses")
+
+
+if __name__ == "__main__":
+    main()

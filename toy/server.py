@@ -1,0 +1,206 @@
+"""The people of the embedded world, behind an OpenAI-compatible server on loopback.
+
+Persona writer, Oracle, Roleplayers and judge answer the paper's own prompts, by rule. Who is asked is read from the
+system text (a system message, or folded into the first user message); the fields of a prompt are read by turning
+the stage's own template around, so a changed prompt is refused and not guessed at. Stateless: an answer depends on
+the model, the prompt and the request's integer `seed` alone.
+
+    python toy/server.py --port 8765        # prints "serving on http://127.0.0.1:8765/v1"; port 0: any free one
+
+    model              answers with
+    persona-writer     a random user: "I'm Anna. My pet is dog. ..."
+    oracle             the gold response
+    roleplayer         the true fact to a recognised question, otherwise "I am not sure what you mean."
+    roleplayer-terse   the bare value, "dog."; one time in four "I would rather not say."
+    judge              "Final Response: A" or "B": the higher score wins, where
+                       score = relevant true facts used - facts about the user that are wrong;
+                       ties by a hash of the prompt. No other clause: questions, length and order count for nothing.
+"""
+import argparse
+import hashlib
+import json
+import os
+import random
+import re
+import signal
+import sys
+import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import world
+
+sys.path.append(str(Path(__file__).resolve().parents[1]))  # the stages: appended, so that they shadow nothing
+import evaluate  # noqa: E402
+import generate_personas  # noqa: E402
+import gold  # noqa: E402
+import simulate  # noqa: E402
+
+
+class Refused(ValueError):
+    """A request that this server does not answer; the text says why."""
+
+
+def write_persona(examples, rng, model):
+    return world.persona_text(world.draw_persona(rng), rng)
+
+
+def answer_task(persona, task, rng, model):
+    return world.gold_response(world.read_persona(persona), task)
+
+
+def roleplay(persona, task, conversation, rng, model):
+    slot = world.question_slot(conversation.rpartition("AI Assistant: ")[2])
+    if slot is None:
+        return world.UNSURE
+    value = world.read_persona(persona)[slot]
+    if model == "roleplayer":
+        return rng.choice(world.ANSWERS).format(slot, value)
+    return world.EVASIVE if rng.random() < 0.25 else f"{value}."
+
+
+def judge(persona, task, response_a, response_b, rng, model):
+    scores = [world.judge_score(text, world.read_persona(persona), task) for text in (response_a, response_b)]
+    verdict = "A" if scores[0] > scores[1] else "B" if scores[1] > scores[0] else rng.choice("AB")
+    return f"Comparison: response A scores {scores[0]}, response B scores {scores[1]}.\n\nFinal Response: {verdict}"
+
+
+def as_pattern(template):
+    """The template turned around: each {field} becomes a named group that matches any text."""
+    return re.compile(re.sub(r"\\\{(\w+)\\\}", r"(?P<\1>.*)", re.escape(template)), re.DOTALL)
+
+
+ROLES = {  # system text -> (pattern of the user message, who answers, the models that may be asked)
+    generate_personas.SYSTEM_PROMPT:
+        (as_pattern(generate_personas.PROMPT + "\n\n{examples}"), write_persona, ["persona-writer"]),
+    gold.SYSTEM_PROMPT: (as_pattern(gold.PROMPT), answer_task, ["oracle"]),
+    simulate.ROLEPLAYER_SYSTEM_PROMPT:
+        (as_pattern(simulate.ROLEPLAYER_PROMPT), roleplay, ["roleplayer", "roleplayer-terse"]),
+    evaluate.JUDGE_SYSTEM_PROMPT: (as_pattern(evaluate.JUDGE_PROMPT), judge, ["judge"]),
+}
+MODELS = [model for _, _, models in ROLES.values() for model in models]
+
+
+def read_messages(messages):
+    """Chat messages -> (system text, user text); a folded system text is unfolded."""
+    match messages:
+        case [{"role": "system", "content": str(system)}, {"role": "user", "content": str(user)}]:
+            return system, user
+        case [{"role": "user", "content": str(text)}]:
+            for system in ROLES:
+                if text.startswith(system + "\n\n"):
+                    return system, text[len(system) + 2:]
+            raise Refused("no role: the message opens with none of the known system texts")
+    raise Refused("messages must be a system and a user message, or one user message that holds both")
+
+
+def reply(request):
+    """A chat completion request (parsed JSON) -> the text of the answer; Refused, with the reason, otherwise."""
+    if not isinstance(request, dict):
+        raise Refused("the request must be a JSON object")
+    if request.get("stream") or request.get("n", 1) not in (1, None):
+        raise Refused("this server gives one answer a request: no stream, n = 1")
+    model, seed = request.get("model"), request.get("seed") or 0
+    if not isinstance(seed, int):
+        raise Refused("seed must be an integer")
+    system, user = read_messages(request.get("messages"))
+    if system not in ROLES:
+        raise Refused(f"no role has this system text: {system[:80]!r}")
+    pattern, answer, models = ROLES[system]
+    if model not in models:
+        raise Refused(f"model {model!r} does not play this role; known for it: {', '.join(models)}")
+    fields = pattern.fullmatch(user)
+    if not fields:
+        raise Refused(f"this is not the prompt of the role that {model!r} plays: {user[:80]!r}")
+    rng = random.Random(hashlib.sha256(f"{seed}\n{system}\n{user}".encode()).digest())
+    try:
+        return answer(**fields.groupdict(), rng=rng, model=model)
+    except ValueError as error:  # a persona or a task from elsewhere
+        raise Refused(str(error)) from error
+
+
+def completion(request):
+    """The whole answer object of POST /v1/chat/completions; usage counts words."""
+    text = reply(request)
+    asked = sum(len(message["content"].split()) for message in request["messages"])
+    answered = len(text.split())
+    return {
+        "id": "chatcmpl-" + hashlib.sha256(json.dumps(request, sort_keys=True).encode()).hexdigest()[:24],
+        "object": "chat.completion", "created": int(time.time()), "model": request["model"],
+        "choices": [{"index": 0, "finish_reason": "stop", "logprobs": None,
+                     "message": {"role": "assistant", "content": text}}],
+        "usage": {"prompt_tokens": asked, "completion_tokens": answered, "total_tokens": asked + answered},
+    }
+
+
+class Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"  # keep-alive: one connection serves many requests
+    disable_nagle_algorithm = True  # header and body are two writes; Nagle would hold the second for 40 ms
+    timeout = 600
+
+    def do_GET(self):
+        if self.path == "/health":
+            self.send(200, {"status": "ok"})
+        elif self.path == "/v1/models":
+            models = [{"id": model, "object": "model", "created": 0, "owned_by": "toy"} for model in MODELS]
+            self.send(200, {"object": "list", "data": models})
+        else:
+            self.refuse(404, f"unknown path {self.path}")
+
+    def do_POST(self):
+        if self.path != "/v1/chat/completions":
+            return self.refuse(404, f"unknown path {self.path}")
+        try:
+            body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+            self.send(200, completion(json.loads(body)))
+        except ValueError as error:  # Refused, or no JSON
+            self.refuse(400, str(error))
+
+    def refuse(self, status, reason):
+        self.send(status, {"error": {"message": reason, "type": "invalid_request_error", "param": None, "code": None}})
+
+    def send(self, status, content):
+        body = json.dumps(content).encode()
+        self.send_response(status)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *_):
+        """Quiet: thousands of requests a run."""
+
+
+class Server(ThreadingHTTPServer):
+    daemon_threads = True  # open connections do not keep the process alive
+    request_queue_size = 256  # clients open their connections all at once
+
+    def handle_error(self, request, client_address):
+        if not isinstance(sys.exc_info()[1], ConnectionError):  # a client that hangs up is no news
+            super().handle_error(request, client_address)
+
+
+def parse_args():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--port", type=int, default=8765, help="0: any free port")
+    parser.add_argument("--port-file", help="the URL is written here once the server listens")
+    return parser.parse_args()
+
+
+def main():
+    args = parse_args()
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # SIGTERM ends it as Ctrl-C does
+    server = Server(("127.0.0.1", args.port), Handler)
+    url = f"http://127.0.0.1:{server.server_port}/v1"
+    if args.port_file:  # atomically: a reader sees the whole URL or no file
+        Path(args.port_file + ".new").write_text(url + "\n")
+        os.replace(args.port_file + ".new", args.port_file)
+    print(f"serving on {url}", flush=True)
+    try:
+        server.serve_forever()
+    except KeyboardInterrupt:
+        pass
+
+
+if __name__ == "__main__":
+    main()
