@@ -53,7 +53,7 @@ def conversation_error(turns):
         return "does not go question (assistant), answer (user), in turn, from a question to an answer"
 
 
-def read_rows(path, fields, key, optional=()):
+def read_rows(path, fields, key):
     """Yields the rows of a JSONL file, checked; the first bad line ends the program.
 
     fields: {name: type, tuple of types, or a function that returns what is wrong}; key: the names that tell rows
