@@ -11,6 +11,7 @@ torch and transformers are imported where they are needed: `--help` and bad inpu
 """
 import argparse
 import asyncio
+import atexit
 import fcntl
 import hashlib
 import json
@@ -516,6 +517,7 @@ class ServerModel:
                 fail(f"{spec}: no server at {self.url} ({error}). Start the server, or correct the URL.")
         self.loop = asyncio.new_event_loop()
         self.client = AsyncOpenAI(base_url=url, api_key=key, max_retries=8, timeout=args.timeout)
+        atexit.register(lambda: self.loop.run_until_complete(self.client.close()))
 
     async def _ask(self, index, request, temperature, top_p, max_tokens):
         import openai
