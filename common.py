@@ -37,10 +37,15 @@ def fail(message):
     raise SystemExit(2)
 
 
+def digest(*parts):
+    """Eight hex digits of a hash of texts, numbers, and lists of them."""
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:8]
+
+
 def seed_for(*parts):
     """A number below 2**31 that depends on its parts alone: the same row gets the same randomness in any order of
     work, on any number of processes, before and after a restart."""
-    return int.from_bytes(hashlib.sha256(json.dumps(parts).encode()).digest()[:4], "big") >> 1
+    return int(digest(*parts), 16) >> 1
 
 
 # ---------------------------------------------------------------- rows: one JSON object a line
@@ -54,15 +59,29 @@ def conversation_error(turns):
         return "does not go question (assistant), answer (user), in turn, from a question to an answer"
 
 
-def read_rows(path, fields, key):
+def not_json(constant):
+    raise ValueError(f"{constant} is no JSON number")
+
+
+def field_error(value, kind):
+    """What is wrong with a field's value, or None. kind: a type, a tuple of types, or a function that says so."""
+    if callable(kind) and not isinstance(kind, type):
+        return kind(value)
+    kinds = kind if isinstance(kind, tuple) else (kind,)
+    if type(value) not in kinds or value in (float("inf"), float("-inf")):
+        return f"is {json.dumps(value)[:40]}, not {' or '.join(k.__name__ for k in kinds)}"
+
+
+def read_rows(path, fields, key, may_refuse=False):
     """Yields the rows of a JSONL file, checked; the first bad line ends the program.
 
-    fields: {name: type, tuple of types, or a function that returns what is wrong}; key: the names that tell rows
-    apart. A row with `refused` needs its key alone: a model or server declined it, and the caller leaves it out.
+    fields: {name: kind, see field_error}; key: the names that tell rows apart. may_refuse: a row with `refused` needs
+    its key alone: a model or server declined it, and the caller leaves it out.
     """
     path, seen = Path(path), {}
-    if not path.exists() and unfinished(path):
-        fail(f"{path}: not finished: the stage that writes it was interrupted. Start that stage again; it goes on.")
+    if unfinished(path):
+        fail(f"{path}: not finished: the stage that writes it was interrupted, or is still running. Start that stage "
+             "again; it goes on.")
     try:
         file = open(path, "rb")
     except OSError as error:
@@ -73,21 +92,22 @@ def read_rows(path, fields, key):
             if not line.strip():
                 continue
             try:
-                row = json.loads(line.decode("utf-8"))
-            except UnicodeDecodeError:
-                fail(f"{where}: not UTF-8. Save the file as UTF-8.")
+                row = json.loads(line.decode("utf-8"), parse_constant=not_json)
+                if b"\\ud" in line.lower():                      # half of a character can be written, but not sent
+                    json.dumps(row, ensure_ascii=False).encode("utf-8")
+            except UnicodeError:
+                fail(f"{where}: not UTF-8, or half a surrogate pair. Save the file as UTF-8.")
             except (ValueError, RecursionError) as error:
                 fail(f"{where}: not JSON ({error}). Each line must be one JSON object.")
             if type(row) is not dict:
                 fail(f"{where}: a JSON {type(row).__name__} where an object is expected. Each line must be one object.")
-            for name, kind in fields.items():
-                if "refused" in row and name not in key:
+            refused = may_refuse and "refused" in row
+            for name, kind in {**fields, **({"refused": str} if refused else {})}.items():
+                if refused and name not in (*key, "refused"):
                     continue
                 if name not in row:
                     fail(f"{where}: no field {name!r}. The README lists the fields of each file.")
-                wrong = kind(row[name]) if callable(kind) and not isinstance(kind, type) else (
-                    None if type(row[name]) in (kind if isinstance(kind, tuple) else (kind,)) else
-                    f"is {json.dumps(row[name])[:40]}, not of type {getattr(kind, '__name__', kind)}")
+                wrong = field_error(row[name], kind)
                 if wrong:
                     fail(f"{where}: field {name!r} {wrong}. Correct that line.")
             identity = tuple(row[name] for name in key)
@@ -112,13 +132,13 @@ def read_gold(path):
     """{(task_id, persona_id): gold response}; None where the Oracle refused. An empty gold is a refusal."""
     fields = {"task_id": str, "persona_id": str, "gold": str}
     return {pair_of(row): None if "refused" in row else row["gold"].strip() or None
-            for row in read_rows(path, fields, ("task_id", "persona_id"))}
+            for row in read_rows(path, fields, ("task_id", "persona_id"), may_refuse=True)}
 
 
 def read_conversations(path, **more):
     """Yields the rows `task_id`, `persona_id`, `sample`, `conversation` (and `more` fields); also the refused ones."""
     fields = {"task_id": str, "persona_id": str, "sample": int, "conversation": conversation_error, **more}
-    return read_rows(path, fields, ("task_id", "persona_id", "sample"))
+    return read_rows(path, fields, ("task_id", "persona_id", "sample"), may_refuse=True)
 
 
 def known(row, tasks, personas, path):
@@ -160,22 +180,22 @@ def sample_pairs(ids, limit, seed):
 
 def unfinished(path):
     """The part files of a stage that was interrupted, or is still running."""
-    return sorted(glob(escape(str(path)) + ".part-*"))
+    return sorted(glob(escape(str(path)) + ".part-*[0-9]"))
 
 
 def fingerprint(path):
-    """Twelve hex digits that change when an input's content may have changed, or None for a name that is no path here.
+    """Twelve hex digits that change with a file or a model's folder; None for a name that is no path here.
 
-    What a stage wrote: a hash of its settings, so that it may grow under a larger --limit. Other files: of the content.
-    Other folders (models): of the .json files, and of the names and sizes of all.
+    A file: a hash of its content. A folder that train.py wrote: of its settings, which hold a hash of the examples.
+    Other folders: of the .json and .jinja files, and of the names and sizes of all.
     """
     path, settings = Path(path), Path(f"{path}.settings.json")
-    if settings.exists():
+    if path.is_dir() and settings.exists():
         content = settings.read_bytes()
     elif path.is_dir():
         files = sorted(file for file in path.iterdir() if file.is_file())
         content = b"".join(f"{file.name} {file.stat().st_size}\n".encode() +
-                           (file.read_bytes() if file.suffix == ".json" else b"") for file in files)
+                           (file.read_bytes() if file.suffix in (".json", ".jinja") else b"") for file in files)
     elif path.is_file():
         content = path.read_bytes()
     else:
@@ -186,7 +206,7 @@ def fingerprint(path):
 def claim(output, settings):
     """Takes an output for this program: returns a file handle that keeps other programs out as long as it is open.
 
-    OUTPUT.settings.json, beside the output, holds whatever changes the content of its rows (models, prompts,
+    OUTPUT.settings.json, beside the output, holds whatever changes the content of all rows (models, prompts,
     temperatures, n, seed; not the limit, batch size, device, URL or concurrency). What was made with other settings is
     not added to.
     """
@@ -204,7 +224,10 @@ def claim(output, settings):
         fail(f"{output}: {error.strerror}. Give an --output in a folder that can be written.")
     if has_rows:
         handle.seek(0)
-        old = json.load(handle)
+        try:
+            old = dict(json.load(handle))
+        except (ValueError, TypeError):
+            fail(f"{path}: not as a stage writes it. Give another --output, or delete {output}*.")
         differ = [f"{k}: {str(old.get(k))[:60]!r} there, {str(settings.get(k))[:60]!r} now"
                   for k in sorted({*old, *settings}) if old.get(k) != settings.get(k)]
         if differ:
@@ -226,26 +249,44 @@ def write_whole(path, text):
 
 class Rows:
     """The output of a stage. PATH holds finished rows in canonical order; while a stage runs, process r adds the rows
-    that it has done to PATH.part-r. A killed run leaves its parts, and the next run takes them up: `key in rows`."""
+    that it has done to PATH.part-r. A killed run leaves its parts, and the next run takes them up: `key in rows`.
+
+    A row carries `inputs`, a hash of the texts that it was made from: see `check`."""
 
     def __init__(self, path, key, settings, processes):
         self.path, self.key, self.processes = Path(path), key, processes
+        if self.path.is_dir():
+            fail(f"{path}: a folder. Give the path of a file as --output.")
         if processes.is_main_process:
             self.claim = claim(path, settings)
             if unfinished(path):
                 self._merge(unfinished(path), f"{path}.part-0")
         processes.wait_for_everyone()
-        self.done = {self._identity(line) for file in (self.path, f"{path}.part-0") if Path(file).exists()
-                     for line in open(file, encoding="utf-8")}
+        self.done = {}                                          # key -> inputs
+        for file in filter(os.path.exists, (self.path, f"{path}.part-0")):
+            with open(file, "rb") as lines:
+                self.done.update(map(self._identity, lines))
         processes.wait_for_everyone()
         self.part = None
 
     def _identity(self, line):
-        row = json.loads(line)
-        return tuple(row[name] for name in self.key)
+        try:
+            row = json.loads(line)
+            return tuple(row[name] for name in self.key), row.get("inputs")
+        except (ValueError, KeyError, TypeError, AttributeError):
+            fail(f"{self.path}: holds a line that this stage did not write: {line[:60]!r}. Remove it, or give another "
+                 "--output.")
 
     def __contains__(self, key):
         return key in self.done
+
+    def check(self, keys, inputs):
+        """Refuses to go on where a row that is there was made from other texts: another task, persona, gold response,
+        conversation or response than now stands in the files that are read. inputs: a hash for each key."""
+        for key, now in zip(keys, inputs):
+            if self.done.get(key, now) != now:
+                fail(f"{self.path}: its row {key} was made from other inputs than those that are given now: a file "
+                     f"that this stage reads has changed. Give another --output, or delete {self.path}*.")
 
     def add(self, rows):
         """Saves rows at once; those that are there already are left as they are."""
@@ -254,33 +295,34 @@ class Rows:
             key = tuple(row[name] for name in self.key)
             if key not in self.done:
                 self.part.write(json.dumps(row, ensure_ascii=False) + "\n")
-                self.done.add(key)
+                self.done[key] = row.get("inputs")
         self.part.flush()
 
     def _merge(self, sources, target):
-        """Sorts the lines of all sources by key into target. A line that a kill has torn has no line end: it goes."""
+        """Sorts the lines of all sources by key into target. A part's line that a kill has torn has no end: it goes."""
         lines = {}
         for source in sources:
             with open(source, "rb") as file:
                 for line in file:
-                    if line.endswith(b"\n"):
-                        lines.setdefault(self._identity(line), line.decode("utf-8"))
+                    if line.endswith(b"\n") or Path(source) == self.path:
+                        lines.setdefault(self._identity(line)[0], line.decode("utf-8").rstrip("\n") + "\n")
         write_whole(target, "".join(lines[key] for key in sorted(lines)))
         for source in sources:
             if Path(source) not in (Path(target), self.path):
                 os.remove(source)
 
-    def complete(self, keys, what, results, to_row, show=None):
+    def complete(self, keys, inputs, what, results, to_row, show=None):
         """Makes the rows that are missing, saves each as it comes, and finishes.
 
-        keys: of all rows wanted; what: for the progress bar; results: called if any row is missing, with the set of
-        indices that are done, yields (index, value); to_row: (index, value) -> row; show: row -> text, for one sample.
+        keys, inputs: of all rows wanted; what: for the progress bar; results: called if any row is missing, with the
+        set of indices that are done, yields (index, value); to_row: (index, value) -> row; show: row -> text, once.
         """
+        self.check(keys, inputs)
         done = {i for i, key in enumerate(keys) if key in self}
         missing = results(done) if len(done) < len(keys) else ()
         bar = progress(len(keys), what, self.processes, len(done))
         for i, value in missing:
-            row = to_row(i, value)
+            row = {**to_row(i, value), "inputs": inputs[i]}
             self.add([row])
             bar.update((i not in done) * self.processes.num_processes)
             if show:
@@ -304,11 +346,11 @@ class Rows:
         return counts
 
     def finish(self):
-        """Joins the parts of all processes into PATH."""
+        """Joins the parts of all processes into PATH, which is there then, if only as an empty file."""
         if self.part:
             self.part.close()
         self.processes.wait_for_everyone()
-        if self.processes.is_main_process and unfinished(self.path):
+        if self.processes.is_main_process and (unfinished(self.path) or not self.path.exists()):
             self._merge([file for file in (self.path, *unfinished(self.path)) if Path(file).exists()], self.path)
         self.processes.wait_for_everyone()
 
@@ -325,9 +367,14 @@ def read_results(path):
 
 def write_results(path, rows):
     """Adds rows to results.jsonl; a row for the same combination of RESULT_KEY is replaced. Returns all rows."""
-    results = {tuple(row[k] for k in RESULT_KEY): row for row in [*read_results(path), *rows]}
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    write_whole(path, "".join(json.dumps(results[key]) + "\n" for key in sorted(results)))
+    try:
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        with open(f"{path}.lock", "a") as lock:                 # evaluations may run side by side
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            results = {tuple(row[k] for k in RESULT_KEY): row for row in [*read_results(path), *rows]}
+            write_whole(path, "".join(json.dumps(results[key]) + "\n" for key in sorted(results)))
+    except OSError as error:
+        fail(f"{path}: {error.strerror}. Give --results in a folder that can be written.")
     return [results[key] for key in sorted(results)]
 
 
@@ -363,17 +410,20 @@ def render(tokenizer, chat, ask=False):
     special = sorted(set(tokenizer.all_special_tokens), key=len, reverse=True)
     spelled = re.compile("|".join(map(re.escape, special)) or "(?!)")
     # While the template runs, each spelled special token is one private character, so that we know where it ends up.
-    stand_in = {token: chr(0xF0000 + i) for i, token in enumerate(special)}
+    letters = {letter for message in chat for letter in message["content"]}
+    free = (chr(code) for code in range(0xF0000, 0xFFFFE) if chr(code) not in letters)
+    stand_in = dict(zip(special, free))
     quiet = [{**m, "content": spelled.sub(lambda m: stand_in[m.group()], m["content"])} for m in fold_system(chat)]
     try:
         text = tokenizer.apply_chat_template(quiet, tokenize=False, add_generation_prompt=ask)
     except Exception as error:      # templates raise jinja2's errors of many kinds
         fail(f"{tokenizer.name_or_path}: its chat template cannot render the conversation ({error}). "
              "Use an instruction-tuned model with a chat template.")
-    pieces, hostile, length = re.split(f"([{chr(0xF0000)}-{chr(0xF0000 + len(special))}])", text), [], 0
+    meant = {private: token for token, private in stand_in.items()}
+    pieces, hostile, length = re.split(f"([{''.join(meant)}])" if meant else "(?!)", text), [], 0
     for i, piece in enumerate(pieces):
-        if i % 2:
-            pieces[i] = piece = special[ord(piece) - 0xF0000]
+        if piece in meant:
+            pieces[i] = piece = meant[piece]
             hostile.append((length, length + len(piece)))
         length += len(piece)
     return Rendered("".join(pieces), hostile)
@@ -480,21 +530,20 @@ def start_processes(*models):
 
 
 def model_name(spec):
-    """What settings and results record of a model: its name without the URL; for a folder with its fingerprint, so that
-    a model trained anew is another one."""
+    """What settings record of a model: its name without the URL; a folder's own name with its fingerprint, so that a
+    model trained anew is another one, and one in a folder that was moved is the same."""
     if spec.startswith("openai:"):
         return spec.removeprefix("openai:").split("@http")[0]
-    return f"{spec} ({fingerprint(spec)})" if fingerprint(spec) else spec
-
-
-def fingerprints(args, *names):
-    """{name: fingerprint of the file that the flag of this name gives}, for settings."""
-    return {name: fingerprint(getattr(args, name)) for name in names}
+    return f"{Path(spec).resolve().name} ({fingerprint(spec)})" if fingerprint(spec) else spec
 
 
 def open_model(spec, args, processes):
     """A model by its string: "openai:MODEL", "openai:MODEL@URL", a local folder or a hub name."""
     return ServerModel(spec, args) if spec.startswith("openai:") else LocalModel(spec, args, processes)
+
+
+class ServerError(Exception):
+    """A server's lasting failure: what it does, and what to do."""
 
 
 class ServerModel:
@@ -504,6 +553,8 @@ class ServerModel:
     def __init__(self, spec, args):
         from openai import AsyncOpenAI
         self.name, _, url = spec.removeprefix("openai:").partition("@http")
+        if re.search(r"@[\w.-]*(:\d|/)", self.name):
+            fail(f"{spec}: what follows @ looks like a URL without http:// or https://. Write openai:MODEL@http://...")
         url = "http" + url if url else os.environ.get("OPENAI_BASE_URL")
         key = os.environ.get("OPENAI_API_KEY") or ("none" if url else fail(
             f"{spec}: no key. Set OPENAI_API_KEY, or name a server of your own: {spec}@http://127.0.0.1:8000/v1"))
@@ -528,22 +579,24 @@ class ServerModel:
             answer = await self.client.chat.completions.create(
                 model=self.name, messages=chat, **{k: v for k, v in usual.items() if k not in extra},
                 extra_body={k: v for k, v in extra.items() if v is not None})
+            choice = answer.choices[0]
+            refusal, text = getattr(choice.message, "refusal", None), (choice.message.content or "").strip()
+            text = text.encode("utf-8", "replace").decode("utf-8")          # half a surrogate pair cannot be saved
         except openai.BadRequestError as error:
             if error.code == "content_filter":                  # Azure's filter on prompts
                 return index, Reply("", "content_filter (prompt)")
-            fail(f"openai:{self.name} at {self.url} refuses the request: {error.message}. --extra changes arguments.")
+            raise ServerError(f"refuses the request: {error.message}. If it is about an argument, --extra changes it; "
+                              "if about the system text, --system fold")
         except openai.APIStatusError as error:
-            fail(f"openai:{self.name} at {self.url} answers {error.status_code}: {error.message}. "
-                 "What is done is kept: correct the key, the model's name or the URL, and start again.")
+            raise ServerError(f"answers {error.status_code}: {error.message}. Correct the key, the model's name or the "
+                              "URL (or try --system fold)")
         except openai.APIConnectionError as error:
-            fail(f"openai:{self.name}: no answer from {self.url} ({error}). What is done is kept: start the server, or "
-                 "correct the URL or --timeout, and start again.")
-        if not answer.choices:
-            return index, Reply("", "no choices in the answer")
-        choice = answer.choices[0]
-        if choice.finish_reason == "content_filter" or getattr(choice.message, "refusal", None):
-            return index, Reply("", choice.message.refusal or "content_filter (answer)")
-        return index, Reply((choice.message.content or "").strip(), None, choice.finish_reason == "length")
+            raise ServerError(f"does not answer ({error}). Start the server, or correct the URL or --timeout")
+        except (ValueError, TypeError, AttributeError, IndexError) as error:
+            raise ServerError(f"sends what is no chat completion ({type(error).__name__}: {error}). Correct the URL")
+        if choice.finish_reason == "content_filter" or refusal:
+            return index, Reply("", refusal or "content_filter (answer)")
+        return index, Reply(text, None, choice.finish_reason == "length")
 
     def generate(self, requests, temperature, top_p, max_tokens, skip=(), share=OneProcess):
         """Yields (index, Reply) as answers arrive, with at most --concurrency requests under way. `skip`: indices that
@@ -558,7 +611,11 @@ class ServerModel:
                     return
                 done, running = self.loop.run_until_complete(
                     asyncio.wait(running, return_when=asyncio.FIRST_COMPLETED))
-                yield from (task.result() for task in done)
+                yield from (task.result() for task in done if not task.exception())
+                for error in filter(None, (task.exception() for task in done)):
+                    if not isinstance(error, ServerError):
+                        raise error
+                    fail(f"openai:{self.name} at {self.url} {error}, and start again: what is done is kept.")
         finally:
             for task in running:
                 task.cancel()
@@ -571,6 +628,11 @@ class LocalModel:
         self.model, self.tokenizer = load_model(path, args.dtype), load_tokenizer(path)
         self.model.to(processes.device).eval()
         self.name, self.batch_size = path, args.batch_size
+        if len(self.tokenizer) > self.model.get_input_embeddings().num_embeddings:
+            fail(f"{path}: the tokenizer has {len(self.tokenizer)} tokens, more than the model's "
+                 f"{self.model.get_input_embeddings().num_embeddings} embeddings. They do not belong together.")
+        if not all(weight.isfinite().all() for weight in self.model.parameters()):
+            fail(f"{path}: its weights are not all finite numbers: the training that made them went astray.")
         # A checkpoint's own generation_config may carry top_k or a repetition penalty: only the caller's words count.
         from transformers import GenerationConfig
         self.stops = stop_ids(self.tokenizer, self.model.generation_config)
@@ -661,9 +723,13 @@ def load_model(path, dtype):
     from transformers.utils import logging
     logging.disable_progress_bar()                              # the stages have their own
     try:
-        return AutoModelForCausalLM.from_pretrained(path, dtype=getattr(torch, dtype))
-    except (OSError, ValueError) as error:
+        model, loaded = AutoModelForCausalLM.from_pretrained(path, dtype=getattr(torch, dtype),
+                                                             output_loading_info=True)
+    except Exception as error:      # of many kinds: no such folder, torn weights, sizes that do not fit
         fail(f"{path}: no model to load ({' '.join(str(error).split())[:300]}). Give a model folder or a hub name.")
+    if loaded["missing_keys"]:
+        fail(f"{path}: weights are missing, such as {min(loaded['missing_keys'])}. The folder is incomplete.")
+    return model
 
 
 def load_tokenizer(path):
@@ -671,7 +737,7 @@ def load_tokenizer(path):
     from transformers import AutoTokenizer
     try:
         tokenizer = AutoTokenizer.from_pretrained(path)
-    except (OSError, ValueError) as error:
+    except Exception as error:      # of many kinds, as above
         fail(f"{path}: no tokenizer to load ({' '.join(str(error).split())[:300]}). Give a model folder or a hub name.")
     if tokenizer.chat_template is None or tokenizer.eos_token_id is None:
         missing = "chat template" if tokenizer.chat_template is None else "eos token"
@@ -762,11 +828,38 @@ def not_negative(text):
     return value
 
 
+def temperature(text):
+    value = float(text)
+    if value != 0 and not 0.01 <= value < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text} is neither 0 (greedy) nor a number from 0.01 up")
+    return value
+
+
+def seed(text):
+    value = int(text)
+    if not 0 <= value < 2 ** 32:
+        raise argparse.ArgumentTypeError(f"{text} is not a whole number from 0 to 2**32 - 1")
+    return value
+
+
+def output_path(text):
+    if os.path.normpath(text or "/") in ("/", ".", ".."):
+        raise argparse.ArgumentTypeError(f"{text!r} is no path for an output")
+    return os.path.normpath(text)
+
+
 def json_object(text):
-    value = json.loads(text)
+    value = json.loads(text, parse_constant=not_json)
     if type(value) is not dict:
         raise argparse.ArgumentTypeError(f'{text} is not a JSON object such as {{"max_tokens": null}}')
     return value
+
+
+def interrupted(kind, error, trace):
+    """Says on Ctrl-C how to go on, instead of a traceback."""
+    if kind is not KeyboardInterrupt:
+        return sys.__excepthook__(kind, error, trace)
+    print("\nInterrupted. What is done is kept: start again with the same flags to go on.", file=sys.stderr)
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
@@ -775,9 +868,10 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescript
 
 def stage_parser(manual, output, limit="work on a seeded sample of N pairs"):
     """The parser of a stage, with the flags that all stages have. manual: the stage's docstring."""
+    sys.excepthook = interrupted
     parser = argparse.ArgumentParser(description=manual, formatter_class=HelpFormatter)
-    parser.add_argument("--output", required=True, metavar="PATH", help=output)
-    parser.add_argument("--seed", type=int, default=42, help="of all randomness")
+    parser.add_argument("--output", required=True, type=output_path, metavar="PATH", help=output)
+    parser.add_argument("--seed", type=seed, default=42, help="of all randomness")
     parser.add_argument("--limit", type=positive, metavar="N", help=limit)
     return parser
 
@@ -797,7 +891,7 @@ def add_server_flags(parser):
     group.add_argument("--system", choices=("role", "fold"), default="role",
                        help="send a system text as its own message, or fold it into the first user message")
     group.add_argument("--concurrency", type=positive, default=64, help="requests under way at a time")
-    group.add_argument("--timeout", type=not_negative, default=120.0, help="seconds before a request is repeated")
+    group.add_argument("--timeout", type=positive, default=120, help="seconds before a request is repeated")
     group.add_argument("--extra", type=json_object, default={}, metavar="JSON",
                        help='more request arguments; null takes one away: '
                             '{"max_tokens": null, "max_completion_tokens": 900}')

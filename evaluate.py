@@ -15,9 +15,9 @@ Q_BASE is evaluated first (`--iteration 0`); the folder that this writes is the 
                                "mixtral", "split": "test", "mean": 0.68, "sem": 0.03, "n": 289}, a line a combination
 
 On a laptop (files from simulate.py's and gold.py's examples):
-    python evaluate.py --base toy/base --questioner toy/base --dtype float32 --iteration 0 --tasks runs/t.jsonl \\
-        --personas runs/p.jsonl --gold runs/g.jsonl --conversations runs/c.jsonl --output runs/e0 \\
-        --results runs/results.jsonl
+    python evaluate.py --base toy/base --questioner toy/base --dtype float32 --iteration 0 --split A \\
+        --tasks runs/t.jsonl --personas runs/p.jsonl --gold runs/g.jsonl --conversations runs/c.jsonl \\
+        --output runs/e0 --results runs/results.jsonl
 The paper's scale, 5,000 conversations and 300 verdicts:
     accelerate launch evaluate.py --questioner runs/paper/main/1/model --iteration 1 --baseline runs/paper/base/test \\
         --conversations runs/paper/main/1/test.jsonl --judge openai:MODEL --personas runs/paper/personas.jsonl \\
@@ -31,10 +31,10 @@ from pathlib import Path
 
 import numpy as np
 
-from common import (Request, Rows, add_local_flags, add_server_flags, by_pair, fail, fingerprint, fingerprints,
-                    fraction, key_of, known, mean_sem, model_name, not_negative, open_model, pair_of, positive,
-                    read_conversations, read_gold, read_personas, read_rows, read_tasks, response_form, sample_pairs,
-                    say, scored_ids, seed_for, stage_parser, start_processes, write_results)
+from common import (Request, Rows, add_local_flags, add_server_flags, by_pair, digest, fail, fraction, key_of,
+                    known, mean_sem, model_name, open_model, pair_of, positive, read_conversations, read_gold,
+                    read_personas, read_rows, read_tasks, response_form, sample_pairs, say, scored_ids, seed_for,
+                    stage_parser, start_processes, temperature, write_results)
 
 JUDGE_SYSTEM_PROMPT = (
     "You are an expert in evaluating assistant responses, particularly skilled in analyzing their alignment with "
@@ -64,15 +64,13 @@ def rotation(persona_ids, task_id, seed):
     return {persona_ids[j]: persona_ids[(j + shift) % P] for j in range(P)} if shift else {}
 
 
-def conditions(conversations, seed, controls):
+def conditions(conversations, persona_ids, seed, controls):
     """{(task_id, persona_id, sample, condition): conversation, or None for the positive control}.
 
-    conversations: {(task_id, persona_id, sample): list of turns}. The controls need no Questioner: one row a pair.
+    conversations: {(task_id, persona_id, sample): list of turns}; persona_ids: all of the split, so that a row stays
+    what it is when --limit grows. The controls need no Questioner: one row a pair.
     """
-    personas = defaultdict(dict)                                # task_id -> its personas, in order
-    for task_id, persona_id, _ in conversations:
-        personas[task_id][persona_id] = True
-    other = {task_id: rotation(list(ids), task_id, seed) for task_id, ids in personas.items()}
+    other = {task_id: rotation(persona_ids, task_id, seed) for task_id, _, _ in conversations}
     rows = {}
     for (task_id, persona_id, sample), conversation in conversations.items():
         rows[task_id, persona_id, sample, "q_experimental"] = conversation
@@ -103,7 +101,8 @@ def judge_chat(persona, task, ours, base, order):
 def read_verdict(raw, order):
     """"ours", "base", or None if the judge's last line does not say A or B alone, as it was told to: never a guess."""
     lines = [line for line in raw.splitlines() if line.strip()]
-    match = re.fullmatch(r"\W*(?:Final Response\W*)?([AB])\W*", lines[-1]) if lines else None
+    answer = r"\W*(?:Final Response\W*)?(?:(?:Assistant )?Response )?([AB])\W*"
+    match = re.fullmatch(answer, lines[-1]) if lines else None
     return match and ("ours" if (match.group(1) == "A") == (order == "ours_first") else "base")
 
 
@@ -130,9 +129,9 @@ def sem_two_way(values):
     return math.sqrt(max(by_task + by_persona - independent, independent))
 
 
-TITLES = {"gold_log_prob": "Log-probability of the gold responses under Q_BASE (nats; mean over pairs, SEM)",
-          "gold_log_prob_gain": "Gain in gold log-probability over Q_BASE (nats; mean of paired differences, SEM)",
-          "win_rate": "Win rate against Q_BASE (wins + half the ties, SEM, readable verdicts)"}
+TITLES = {"gold_log_prob": "Log-probability of the gold responses under Q_BASE (nats; mean ± SEM over pairs)",
+          "gold_log_prob_gain": "Gain in gold log-probability over Q_BASE (nats; mean ± SEM of paired differences)",
+          "win_rate": "Win rate against Q_BASE (wins + half the ties, ± SEM, over readable verdicts)"}
 CONDITIONS = {"q_experimental": "Q-Experimental", "q_random": "Q-Random", "negative_control": "negative control",
               "positive_control": "positive control", "": ""}
 
@@ -143,10 +142,12 @@ def table(results, metric, title):
     rows = [row for row in results if row["metric"] == metric]
     several = len({row["roleplayer"] for row in rows}) > 1
     cells, iterations = defaultdict(dict), sorted({row["iteration"] for row in rows})
-    for row in sorted(rows, key=lambda row: (list(CONDITIONS).index(row["condition"]), row["variant"] != "main",
-                                             row["variant"], row["roleplayer"])):
+    order = list(CONDITIONS)
+    for row in sorted(rows, key=lambda row: ([*order, row["condition"]].index(row["condition"]),
+                                             row["variant"] != "main", row["variant"], row["roleplayer"])):
         control = row["condition"].endswith("control")
-        label = ", ".join(filter(None, (CONDITIONS[row["condition"]], "" if control else row["variant"],
+        label = ", ".join(filter(None, (CONDITIONS.get(row["condition"], row["condition"]),
+                                        "" if control else row["variant"],
                                         f"with {row['roleplayer']}" if several and not control else "")))
         mean, sem = row["mean"], row["sem"]
         cell = "-" if mean is None else f"{mean:.3f}" if metric.endswith(("rate", "share")) else f"{mean:.2f}"
@@ -178,19 +179,22 @@ def parse_args():
     parser.add_argument("--split", default="test", help="of the tasks and personas")
     parser.add_argument("--metrics", nargs="+", choices=("log_prob", "win_rate"), default=["log_prob", "win_rate"],
                         help="what to measure")
-    parser.add_argument("--win-pairs", type=positive, default=300, help="pairs judged, a K-th of each length")
-    parser.add_argument("--max-turns", type=positive, default=3, metavar="K", help="as in simulate.py")
+    parser.add_argument("--win-pairs", type=positive, default=300, help="pairs judged, as many of each length")
     parser.add_argument("--both-orders", action="store_true",
                         help="judge each pair in both orders; a disagreement is a tie")
     parser.add_argument("--max-tokens", type=positive, default=700, help="length of a response")
-    parser.add_argument("--temperature", type=not_negative, default=0.0, help="of the responses; 0: greedy")
-    parser.add_argument("--judge-temperature", type=not_negative, default=0.0, help="0: greedy")
+    parser.add_argument("--temperature", type=temperature, default=0.0, help="of the responses; 0: greedy")
+    parser.add_argument("--judge-temperature", type=temperature, default=0.0, help="0: greedy")
     parser.add_argument("--judge-max-tokens", type=positive, default=300, help="length of a verdict with its reasons")
     parser.add_argument("--top-p", type=fraction, default=0.9, help="of the judge, and of sampled responses")
     parser.add_argument("--score-tokens", type=positive, default=16384, help="tokens in a batch of scores")
     add_local_flags(parser, batch_size=64)
     add_server_flags(parser)
     args = parser.parse_args()
+    if args.iteration < 0:
+        parser.error("--iteration is 0 or more")
+    if (args.iteration == 0 or "win_rate" not in args.metrics) and (args.judge or args.both_orders):
+        parser.error("--judge and --both-orders belong to win rates, and there are none of Q_BASE against itself")
     if (args.iteration == 0) != (args.baseline is None):
         parser.error("--baseline belongs to every iteration but 0: evaluate Q_BASE with --iteration 0 first")
     if args.iteration > 0 and "win_rate" in args.metrics and args.judge is None:
@@ -218,18 +222,38 @@ class Evaluation:
         self.left_out["refused conversations"] = sum("refused" in row for row in rows)
         self.conversations = {key_of(row): row["conversation"] for row in rows if "refused" not in row}
         self.turns = {key[:2]: len(conversation) // 2 for key, conversation in self.conversations.items()}
+        simulated = self.settings_of(args.conversations)
+        if not self.turns:
+            fail(f"{args.conversations}: no conversation to evaluate. Simulate some first.")
+        self.K = simulated.get("K") or max(self.turns.values())
+        if args.win_pairs < self.K:
+            fail(f"--win-pairs {args.win_pairs}: below the number of conversation lengths, {self.K}. Raise it.")
+        roleplayer = args.roleplayer or simulated.get("roleplayer") or fail(
+            f"--roleplayer: {args.conversations}.settings.json is not there to say who played the user. Give a name.")
         self.label = {"variant": args.variant, "iteration": args.iteration, "split": args.split,
-                      "roleplayer": args.roleplayer or self.who_played()}
+                      "roleplayer": re.sub(r" \(\w{12}\)$", "", roleplayer)}      # a folder's name without fingerprint
+        self.settings = {"stage": "evaluate", **self.label, "dtype": args.dtype, "seed": args.seed}
+        if args.baseline:
+            self.check_baseline()
         self.processes = start_processes(args.base, args.questioner)
-        self.settings = {"stage": "evaluate", **self.label, **fingerprints(args, "tasks", "personas", "conversations"),
-                         "dtype": args.dtype, "seed": args.seed}
         self.models = {}
 
-    def who_played(self):
-        settings = Path(f"{self.args.conversations}.settings.json")
-        if not settings.exists():
-            fail(f"--roleplayer: {settings} is not there to say who played the user. Give a name.")
-        return json.loads(settings.read_text())["roleplayer"]
+    @staticmethod
+    def settings_of(output):
+        """The settings with which a stage wrote an output; {} for other people's files."""
+        path = Path(f"{output}.settings.json")
+        return json.loads(path.read_text()) if path.exists() else {}
+
+    def check_baseline(self):
+        """Q_BASE must have met the same users: like is compared with like."""
+        needed = {"log_prob": "log_probs.jsonl", "win_rate": "responses.jsonl"}
+        for file in (Path(self.args.baseline) / needed[metric] for metric in self.args.metrics):
+            theirs = self.settings_of(file) or fail(
+                f"{file}: no such evaluation of Q_BASE. Run evaluate.py --iteration 0 with these --metrics first.")
+            for name in ("roleplayer", "split", "seed"):
+                if theirs[name] != self.settings[name]:
+                    fail(f"--baseline {self.args.baseline}: Q_BASE was evaluated with another {name} "
+                         f"({theirs[name]!r}, here {self.settings[name]!r}). Evaluate Q_BASE in the same way.")
 
     def model(self, spec):
         """A model, loaded when it is first needed."""
@@ -258,23 +282,24 @@ def log_probs(e):
             fail(f"{args.gold}: no gold response for {pair}. Run gold.py for the split, with simulate.py's --limit and "
                  "--seed.")
     chats = {key: conversation for key, conversation in conditions(
-        e.conversations, args.seed, controls=args.iteration == 0).items() if e.golds[key[:2]] is not None}
+        e.conversations, [persona_id for persona_id, row in e.personas.items() if row["split"] == args.split],
+        args.seed, controls=args.iteration == 0).items() if e.golds[key[:2]] is not None}
     count = Counter(key[3] for key in chats)
     e.left_out["pairs without a gold response"] = sum(e.golds[pair] is None for pair in e.turns)
     e.left_out["conversations without another persona's"] = count["q_experimental"] - count["q_random"]
     rows = Rows(f"{args.output}/log_probs.jsonl", ("task_id", "persona_id", "sample", "condition"),
-                {**e.settings, "base": model_name(args.base), **fingerprints(args, "gold")}, e.processes)
+                {**e.settings, "base": model_name(args.base)}, e.processes)
     keys, lengths = list(chats), {}
+    chats = {key: [*e.form(key[:2], chats[key] or [], with_persona=key[3] == "positive_control"),
+                   {"role": "assistant", "content": e.golds[key[:2]]}] for key in keys}
 
     def score(done):
         base = e.model(args.base)
-        examples = [scored_ids(base.tokenizer, [
-            *e.form(key[:2], chats[key] or [], with_persona=key[3] == "positive_control"),
-            {"role": "assistant", "content": e.golds[key[:2]]}]) for key in keys]
+        examples = [scored_ids(base.tokenizer, chats[key]) for key in keys]
         lengths.update((i, n) for i, (_, n) in enumerate(examples))
         return base.score(examples, args.score_tokens, done, e.processes)
 
-    rows.complete(keys, "gold log-probabilities", score, lambda i, log_prob: {
+    rows.complete(keys, [digest(chats[key]) for key in keys], "gold log-probabilities", score, lambda i, log_prob: {
         **dict(zip(rows.key, keys[i])), "tokens": lengths[i],
         "log_prob": round(log_prob, 6) if math.isfinite(log_prob) else None})
 
@@ -303,11 +328,11 @@ def responses(e):
     """Lets Q_t answer after one conversation of each of the win rate's pairs; writes responses.jsonl; returns
     {pair: response}."""
     args = e.args
-    pairs, each = win_pairs(e.turns, args.win_pairs, args.max_turns, args.seed), args.win_pairs // args.max_turns
-    if len(pairs) < each * args.max_turns:
+    pairs, each = win_pairs(e.turns, args.win_pairs, e.K, args.seed), args.win_pairs // e.K
+    if len(pairs) < each * e.K:
         there = Counter(e.turns.values())
-        found = ", ".join(f"{there[length]} of length {length}" for length in range(1, args.max_turns + 1))
-        say(e.processes, f"Win rate: {len(pairs)} pairs instead of {each * args.max_turns}: {each} of each length are "
+        found = ", ".join(f"{there[length]} of length {length}" for length in range(1, e.K + 1))
+        say(e.processes, f"Win rate: {len(pairs)} pairs instead of {each * e.K}: {each} of each length are "
                          f"wanted, {found} are there")
     samples = defaultdict(list)
     for task_id, persona_id, sample in e.conversations:
@@ -317,13 +342,13 @@ def responses(e):
         **e.settings, "questioner": model_name(args.questioner), "max_tokens": args.max_tokens,
         "temperature": args.temperature, "top_p": args.top_p if args.temperature else None}, e.processes)
 
+    requests = [Request(e.form(key[:2], e.conversations[key]), seed_for(args.seed, "respond", *key)) for key in keys]
+
     def respond(done):
-        requests = [Request(e.form(key[:2], e.conversations[key]), seed_for(args.seed, "respond", *key))
-                    for key in keys]
         return e.model(args.questioner).generate(requests, args.temperature, args.top_p, args.max_tokens, done,
                                                  e.processes)
 
-    rows.complete(keys, "responses", respond, lambda i, reply: {
+    rows.complete(keys, [digest(request.chat) for request in requests], "responses", respond, lambda i, reply: {
         **dict(zip(rows.key, keys[i])), "turns": e.turns[keys[i][:2]], "response": reply.text,
         **({"cut": True} if reply.cut else {})}, lambda row: f"{e.tasks[row['task_id']]['task']}\n-> {row['response']}")
     wanted = set(keys)
@@ -338,22 +363,24 @@ def verdicts(e, ours):
     pairs = [pair for pair in ours if pair in base]
     e.left_out["pairs without a response of Q_BASE"] = len(ours) - len(pairs)
     rows = Rows(f"{args.output}/verdicts.jsonl", ("task_id", "persona_id"), {
-        **e.settings, "questioner": model_name(args.questioner),
-        "baseline": fingerprint(f"{args.baseline}/responses.jsonl"),
-        "judge": model_name(args.judge), "judge_system_prompt": JUDGE_SYSTEM_PROMPT, "judge_prompt": JUDGE_PROMPT,
-        "both_orders": args.both_orders, "judge_temperature": args.judge_temperature, "top_p": args.top_p,
+        **e.settings, "questioner": model_name(args.questioner), "judge": model_name(args.judge),
+        "judge_system_prompt": JUDGE_SYSTEM_PROMPT, "judge_prompt": JUDGE_PROMPT, "both_orders": args.both_orders,
+        "judge_temperature": args.judge_temperature, "top_p": args.top_p,
         "judge_max_tokens": args.judge_max_tokens, "system": args.system, "extra": args.extra}, e.processes)
 
     def orders(pair):
         both = ["ours_first", "base_first"]
         return both if args.both_orders else [both[seed_for(args.seed, "order", *pair) % 2]]
 
-    calls = [(i, order) for i, pair in enumerate(pairs) for order in orders(pair)]
+    def judged(pair, order):
+        return judge_chat(e.personas[pair[1]]["persona"], e.tasks[pair[0]]["task"], ours[pair], base[pair], order)
+
+    mine = range(e.processes.process_index, len(pairs), e.processes.num_processes)     # both orders by one process
+    calls = [(i, order) for i in mine for order in orders(pairs[i])]
 
     def ask(done):
         """Yields (index of the pair, its replies by order) when all of them are there."""
-        requests = [Request(judge_chat(e.personas[pairs[i][1]]["persona"], e.tasks[pairs[i][0]]["task"], ours[pairs[i]],
-                                       base[pairs[i]], order), seed_for(args.seed, "judge", *pairs[i], order))
+        requests = [Request(judged(pairs[i], order), seed_for(args.seed, "judge", *pairs[i], order))
                     for i, order in calls]
         skip, replies = {call for call, (i, _) in enumerate(calls) if i in done}, defaultdict(dict)
         for call, reply in e.model(args.judge).generate(requests, args.judge_temperature, args.top_p,
@@ -376,7 +403,8 @@ def verdicts(e, ours):
         return "\n".join([e.tasks[pair[0]]["task"], e.personas[pair[1]]["persona"], f"ours: {ours[pair]}",
                           f"base: {base[pair]}", f"judge, {row['order']}: {row['raw']}", f"-> {row['verdict']}"])
 
-    rows.complete(pairs, "verdicts", ask, to_row, show)
+    inputs = [digest([judged(pair, order) for order in orders(pair)]) for pair in pairs]
+    rows.complete(pairs, inputs, "verdicts", ask, to_row, show)
     given = [row for row in rows.read() if pair_of(row) in set(pairs)]
     count = Counter(row["verdict"] for row in given)
     refused = sum("refused" in row for row in given)
@@ -394,12 +422,18 @@ def verdicts(e, ours):
 def main():
     args = parse_args()
     e = Evaluation(args)
+
+    def save(rows):
+        return write_results(args.results, rows) if e.processes.is_main_process else []
+
+    save([])                                                    # finds out now if it can be written, not after the work
     results = log_probs(e) if "log_prob" in args.metrics else []
+    save(results)
     if "win_rate" in args.metrics:
         ours = responses(e)
         results += [verdicts(e, ours)] if args.baseline else []
     if e.processes.is_main_process:
-        rows = [row for row in write_results(args.results, results) if row["split"] == args.split]
+        rows = [row for row in save(results) if row["split"] == args.split]
         for metric, title in TITLES.items():
             print(*table(rows, metric, title), sep="\n")
     left_out = ", ".join(f"{count} {what}" for what, count in e.left_out.items() if count) or "nothing"

@@ -17,9 +17,9 @@ import random
 import re
 from collections import Counter
 
-from common import (Request, Rows, add_local_flags, add_server_flags, fail, fingerprints, fraction, model_name,
-                    not_negative, open_model, positive, progress, read_rows, say, seed_for, stage_parser,
-                    start_processes)
+from common import (Request, Rows, add_local_flags, add_server_flags, fail, fingerprint, fraction, model_name,
+                    open_model, positive, progress, read_rows, say, seed_for, stage_parser, start_processes,
+                    temperature)
 
 SYSTEM_PROMPT = (
     "You are a helpful AI assistant, particularly skilled at writing creative, diverse personas in the form of "
@@ -52,7 +52,7 @@ def name_in(persona):
     """The first name with which a persona opens ("I'm REECE. ...", "Meet Zara, an ..."), as a word with a capital; None
     if it opens otherwise."""
     match = re.match(r"\W*(?:I['’]m|I am|My name is|My name['’]s|Meet|This is|Introducing)\s+"
-                     r"(?:(?:Dr|Mr|Mrs|Ms|Prof|Professor|Captain)\.?\s+)?([^\W\d_][\w'’-]*\w)", persona)
+                     r"(?:(?:Dr|Mr|Mrs|Ms|Prof|Professor|Captain|Sir|Lady|Lord)\.?\s+)?([^\W\d_][\w'’-]*\w)", persona)
     name = match.group(1).removesuffix("'s").removesuffix("’s") if match else ""
     if not name[:1].isupper() or name in ("An", "The", "One", "Your"):
         return None
@@ -90,6 +90,8 @@ def read_examples(path):
         try:
             characters = json.load(open(path, encoding="utf-8"))
             chosen = [characters[i] for i in PRODIGY_IDS]
+            if not all(type(c["biography"]) is list for c in chosen):
+                raise TypeError("a biography is a list of sentences")
             examples = [f"I'm {c['character_name']}. {' '.join(c['biography'])}" for c in chosen]
         except OSError as error:
             fail(f"{path}: {error.strerror}. Give PRODIGy's characters.json, or a JSONL file of personas.")
@@ -103,7 +105,7 @@ def read_examples(path):
 
 def persona_splits(text):
     """"A=50,test=10" -> [("A00", "A"), ..., ("test09", "test")]."""
-    if not re.fullmatch(r"[A-Za-z]+=\d+(,[A-Za-z]+=\d+)*", text):
+    if not re.fullmatch(r"[A-Za-z]+=[1-9]\d*(,[A-Za-z]+=[1-9]\d*)*", text):
         raise ValueError
     sizes = [part.split("=") for part in text.split(",")]
     return [(f"{split}{i:02d}", split) for split, size in sizes for i in range(int(size))]
@@ -114,7 +116,7 @@ def parse_args():
     parser.add_argument("--model", required=True, help="who writes; the paper: gpt-4-0613, which is no more")
     parser.add_argument("--examples", default="data/seed_personas.jsonl", help="or PRODIGy's characters.json (21 ids)")
     parser.add_argument("--splits", type=persona_splits, default="A=50,B=50,test=10", help="how many for each split")
-    parser.add_argument("--temperature", type=not_negative, default=1.4, help="high: people should differ")
+    parser.add_argument("--temperature", type=temperature, default=1.4, help="high: people should differ")
     parser.add_argument("--top-p", type=fraction, default=0.9, help="mass of the nucleus")
     parser.add_argument("--max-tokens", type=positive, default=400, help="length of a persona")
     parser.add_argument("--attempts", type=positive, default=20, help="how often a persona is asked for at most")
@@ -129,8 +131,9 @@ def main():
     processes = start_processes(args.model)
     rows = Rows(args.output, ("persona_id",), {
         "stage": "generate_personas", "model": model_name(args.model), "system_prompt": SYSTEM_PROMPT,
-        "prompt": PROMPT, **fingerprints(args, "examples"), "temperature": args.temperature, "top_p": args.top_p,
-        "max_tokens": args.max_tokens, "system": args.system, "extra": args.extra, "seed": args.seed}, processes)
+        "prompt": PROMPT, "examples": fingerprint(args.examples), "temperature": args.temperature, "top_p": args.top_p,
+        "max_tokens": args.max_tokens, "system": args.system, "extra": args.extra, "dtype": args.dtype,
+        "seed": args.seed}, processes)
 
     wanted = args.splits
     if args.limit is not None:
@@ -159,7 +162,8 @@ def main():
             if len(taken) == 1:
                 say(processes, f"\n{asked[i][0]} {name}: {reply.text}\n")
     bar.close()
-    rows.finish()
+    if not missing:                                             # else the next run goes on with the parts
+        rows.finish()
     again = ", ".join(f"{count} {why}" for why, count in sorted(rejected.items())) or "none"
     say(processes, f"{args.output}: {len(taken)} personas; {calls} calls now, asked again: {again}")
     if missing:

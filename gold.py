@@ -12,13 +12,13 @@ A pair that the Oracle refused carries `refused` with the reason instead, and is
 On a laptop, with the embedded world's server (toy/server.py) running:
     python toy/world.py --output runs/t.jsonl --tasks-per-split 6
     python gold.py --oracle openai:oracle@http://127.0.0.1:8765/v1 --tasks runs/t.jsonl --personas runs/p.jsonl \\
-        --split test --limit 20 --output runs/g.jsonl
+        --split A --limit 20 --output runs/g.jsonl
 The paper's scale, 2 x 250 x 50 + 50 x 10 = 25,500 calls:
     python gold.py --oracle openai:MODEL --personas runs/paper/personas.jsonl --output runs/paper/gold.jsonl
 """
-from common import (Request, Rows, add_local_flags, add_server_flags, all_pairs, fingerprints, fraction, model_name,
-                    not_negative, open_model, positive, read_personas, read_tasks, say, seed_for, stage_parser,
-                    start_processes)
+from common import (Request, Rows, add_local_flags, add_server_flags, all_pairs, digest, fraction, model_name,
+                    open_model, positive, read_personas, read_tasks, say, seed_for, stage_parser, start_processes,
+                    temperature)
 
 SYSTEM_PROMPT = (
     "You are a helpful AI assistant, particularly skilled at providing personalized, satisfying answers to users "
@@ -51,7 +51,7 @@ def parse_args():
     parser.add_argument("--tasks", default="data/tasks.jsonl", help="tasks (JSONL)")
     parser.add_argument("--personas", default="runs/personas.jsonl", help="personas (JSONL)")
     parser.add_argument("--split", nargs="+", default=["A", "B", "test"], help="one or more splits")
-    parser.add_argument("--temperature", type=not_negative, default=0.0, help="0: greedy")
+    parser.add_argument("--temperature", type=temperature, default=0.0, help="0: greedy")
     parser.add_argument("--top-p", type=fraction, default=0.9, help="mass of the nucleus")
     parser.add_argument("--max-tokens", type=positive, default=300, help="length of a gold response")
     add_local_flags(parser, batch_size=32)
@@ -66,8 +66,8 @@ def main():
     processes = start_processes(args.oracle)
     rows = Rows(args.output, ("task_id", "persona_id"), {
         "stage": "gold", "oracle": model_name(args.oracle), "system_prompt": SYSTEM_PROMPT, "prompt": PROMPT,
-        **fingerprints(args, "tasks", "personas"), "temperature": args.temperature, "top_p": args.top_p,
-        "max_tokens": args.max_tokens, "extra": args.extra, "system": args.system, "seed": args.seed}, processes)
+        "temperature": args.temperature, "top_p": args.top_p, "max_tokens": args.max_tokens, "extra": args.extra,
+        "system": args.system, "dtype": args.dtype, "seed": args.seed}, processes)
 
     keys = [(task["task_id"], persona["persona_id"]) for task, persona in pairs]
     requests = [Request(oracle_chat(persona["persona"], task["task"]), seed_for(args.seed, "gold", *key))
@@ -85,7 +85,7 @@ def main():
     def show(row):
         return f"{tasks[row['task_id']]['task']}\n{personas[row['persona_id']]['persona']}\n-> {row['gold']}"
 
-    rows.complete(keys, "gold responses", ask, to_row, show)
+    rows.complete(keys, [digest(request.chat) for request in requests], "gold responses", ask, to_row, show)
     total, refused, cut = rows.tally("refused", "cut")
     say(processes, f"{args.output}: {total} gold responses, {refused} refused, {cut} cut at {args.max_tokens} tokens")
 

@@ -7,13 +7,14 @@
 #   RUN=folder   where the output goes            SEED=n            of all randomness
 #   SPLIT=dev    evaluate on another split        VARIANTS=main     only these variants
 #   LIMIT=n      a seeded sample of n (task, persona) pairs of each split: a trial before a large run
+#   SIMULATE_FLAGS, SELECT_FLAGS, TRAIN_FLAGS, EVALUATE_FLAGS     more flags for these stages
 #
 # A run that was interrupted goes on where it stopped: start it again with the same words.
 set -eo pipefail
 cd "$(dirname "$0")"
 
 MODE=${1:-}
-RUN=${RUN:-runs/$MODE}
+RUN=${RUN:-runs/$MODE${LIMIT:+-$LIMIT}}          # a trial has a folder of its own: a model is not prolonged
 SEED=${SEED:-42}
 SPLIT=${SPLIT:-test}
 
@@ -23,7 +24,7 @@ smoke)                                          # the embedded world (toy/): its
     ITERATIONS=1
     mkdir -p "$RUN"
     rm -f "$RUN/server.url"
-    python toy/server.py --port 0 --port-file "$RUN/server.url" &
+    python toy/server.py --port 0 --port-file "$RUN/server.url" --end-with-parent &
     server=$!
     trap 'kill $server 2>/dev/null || true' EXIT
     trap 'exit 130' INT TERM
@@ -71,23 +72,34 @@ paper)                                          # the published run's settings a
     GOLD_SPLITS="A B"
     SAMPLES=10
     # simulate, select and evaluate keep a copy of the model on each GPU; train deals one model's weights, gradients and
-    # optimizer state to all of them. On a single GPU set both to "python".
+    # optimizer state to all of them. On a single GPU set both to "python", and TRAIN_FLAGS=--gradient-checkpointing.
     LAUNCH=${LAUNCH:-accelerate launch --config_file configs/ddp.yaml}
     LAUNCH_TRAINING=${LAUNCH_TRAINING:-accelerate launch --config_file configs/fsdp.yaml}
-    MODEL=() ANSWER=() LEARN=()
+    SIMULATE_FLAGS=${SIMULATE_FLAGS:---system fold}                 # Mixtral's chat template knows no system role
+    grep -q "\"split\": \"$SPLIT\"" "$TASKS" || { echo "run.sh: no task of split $SPLIT in $TASKS" >&2; exit 2; }
     ;;
 *)
-    sed -n '2,11s/^# \{0,1\}//p' "$0" >&2
+    sed -n '2,12s/^# \{0,1\}//p' "$0" >&2
     exit 2
     ;;
 esac
 
+for variant in $VARIANTS; do
+    case $variant in
+    main | no_reg | gold) ;;
+    *) echo "run.sh: no variant $variant; there are: main no_reg gold" >&2; exit 2 ;;
+    esac
+done
+
 DATA=(--tasks "$TASKS" --personas "$RUN/personas.jsonl" --seed "$SEED" ${LIMIT:+--limit "$LIMIT"})
-SIMULATE=($LAUNCH simulate.py "${DATA[@]}" "${MODEL[@]}" "${ANSWER[@]}" --roleplayer "$ROLEPLAYER" --samples $SAMPLES)
-SELECT=($LAUNCH select.py "${DATA[@]}" "${MODEL[@]}" "${ANSWER[@]}" --gold "$RUN/gold.jsonl" --base "$BASE")
-TRAIN=($LAUNCH_TRAINING train.py "${DATA[@]}" "${MODEL[@]}" "${LEARN[@]}" --gold "$RUN/gold.jsonl" --base "$BASE")
+SIMULATE=($LAUNCH simulate.py "${DATA[@]}" "${MODEL[@]}" "${ANSWER[@]}" --roleplayer "$ROLEPLAYER" --samples $SAMPLES
+          $SIMULATE_FLAGS)
+SELECT=($LAUNCH select.py "${DATA[@]}" "${MODEL[@]}" "${ANSWER[@]}" --gold "$RUN/gold.jsonl" --base "$BASE"
+        $SELECT_FLAGS)
+TRAIN=($LAUNCH_TRAINING train.py "${DATA[@]}" "${MODEL[@]}" "${LEARN[@]}" --gold "$RUN/gold.jsonl" --base "$BASE"
+       $TRAIN_FLAGS)
 EVALUATE=($LAUNCH evaluate.py "${DATA[@]}" "${MODEL[@]}" "${ANSWER[@]}" --gold "$RUN/gold.jsonl" --base "$BASE"
-          --split "$SPLIT" --results "$RUN/results.jsonl")
+          --split "$SPLIT" --results "$RUN/results.jsonl" $EVALUATE_FLAGS)
 
 # evaluate VARIANT ITERATION MODEL FOLDER: conversations on the test split, gold log-probabilities, win rate
 evaluate() {
@@ -123,7 +135,7 @@ for variant in $VARIANTS; do
 
         # Lines 4 and 5: keep the one that makes the gold most probable under Q_BASE; Q_{t-1} responds to it.
         respond=()
-        [ "$variant" != no_reg ] || [ "$t" = 1 ] || respond=(--no-response)
+        [ "$variant" = main ] || [ "$t" = 1 ] || respond=(--no-response)    # the others train on none
         "${SELECT[@]}" --questioner "$questioner" --conversations "$from/conversations.jsonl" "${respond[@]}" \
             --output "$from/selected.jsonl"
 

@@ -3,8 +3,8 @@
     S_t = { argmax over c of log p_QBASE(g_ij | t_i, s_ij^c) }     the best of the n conversations of each pair
     R_t = { Q_{t-1}(t_i, s*_ij) }                                  the regularisation: Q_{t-1}'s own greedy response
 
-No reward model, no advantage, no KL term: a conversation is good if it makes the Oracle's gold response probable under
-the *initial* model, and the response that is trained on is the model's own, so that it does not forget how to answer.
+No reward model, no advantage: a conversation is good if it makes the Oracle's gold response probable under the initial
+model. The paper's KL term, which keeps the model's responses where they were, is realised by training on its own ones.
 
     reads   --conversations  the rows of simulate.py          --gold  the rows of gold.py
     writes  --output         a conversation's row with "gold_log_prob": -351.2, "response": "Since you have a ..."
@@ -15,7 +15,7 @@ On a laptop (files from simulate.py's and gold.py's examples):
         --personas runs/p.jsonl --conversations runs/c.jsonl --gold runs/g.jsonl --output runs/s.jsonl
 The paper's scale, 125,000 scores and 12,500 responses:
     accelerate launch select.py --personas runs/paper/personas.jsonl --gold runs/paper/gold.jsonl \\
-        --conversations runs/paper/main/1/conversations.jsonl --output runs/paper/main/1/selected.jsonl
+        --conversations runs/paper/base/conversations.jsonl --output runs/paper/base/selected.jsonl
 """
 if __name__ == "select":
     # This file's name hides the standard library's `select` from every program started in this folder. Whoever imports
@@ -32,9 +32,8 @@ if __name__ == "select":
     spec.loader.exec_module(sys.modules["select"])
 else:
     import math
-    from pathlib import Path
 
-    from common import (Request, Rows, add_local_flags, fail, fingerprints, key_of, known, model_name, open_model,
+    from common import (Request, Rows, add_local_flags, digest, fail, key_of, known, model_name, open_model,
                         pair_of, positive, read_conversations, read_gold, read_personas, read_tasks, response_form,
                         sample_pairs, say, scored_ids, seed_for, stage_parser, start_processes)
 
@@ -58,17 +57,20 @@ def gold_chat(name, task, conversation, gold):
     return [*response_form(name, task, conversation), {"role": "assistant", "content": gold}]
 
 
+def candidates(log_probs):
+    """The samples of one pair that may be selected: those with a finite score."""
+    return [c for c in log_probs if log_probs[c] is not None and math.isfinite(log_probs[c])]
+
+
 def select_best(log_probs, k):
     """Line 4. log_probs: {sample: log-probability of the gold, or None} for the conversations of one pair -> the k best
-    samples, best first. A tie goes to the lower sample; one without a finite score is no candidate."""
-    candidates = [c for c in log_probs if log_probs[c] is not None and math.isfinite(log_probs[c])]
-    return sorted(candidates, key=lambda c: (-log_probs[c], c))[:k]     # argmax_c log p_QBASE(g | t, s^c)
+    samples, best first. A tie goes to the lower sample."""
+    return sorted(candidates(log_probs), key=lambda c: (-log_probs[c], c))[:k]      # argmax_c log p_QBASE(g | t, s^c)
 
 
 def select_random(log_probs, k, seed):
     """The control for line 4: k of the same candidates, whatever their scores."""
-    candidates = select_best(log_probs, len(log_probs))
-    return sorted(candidates, key=lambda c: (seed_for(seed, c), c))[:k]
+    return sorted(candidates(log_probs), key=lambda c: (seed_for(seed, c), c))[:k]
 
 
 def response_chat(name, task, conversation, prompt=None):
@@ -130,10 +132,9 @@ def main():
     args = parse_args()
     tasks, personas, golds, rows, left_out = read_inputs(args)
     processes = start_processes(args.base, args.questioner)
-    scoring = {"stage": "select, scores", "base": model_name(args.base), "dtype": args.dtype,
-               **fingerprints(args, "conversations", "gold", "tasks", "personas")}
+    scoring = {"stage": "select, scores", "base": model_name(args.base), "dtype": args.dtype}
     columns = "task_id", "persona_id", "sample"
-    scores = Rows(Path(args.output).with_suffix(".scores.jsonl"), columns, scoring, processes)
+    scores = Rows(args.output.removesuffix(".jsonl") + ".scores.jsonl", columns, scoring, processes)
     output = Rows(args.output, columns, {
         **scoring, "stage": "select", "questioner": model_name(args.questioner), "k": args.k, "pick": args.pick,
         "response": not args.no_response, "max_tokens": args.max_tokens, "seed": args.seed,
@@ -142,15 +143,17 @@ def main():
     def form(row):
         return personas[row["persona_id"]]["name"], tasks[row["task_id"]]["task"], row["conversation"]
 
+    chats = [gold_chat(*form(row), golds[pair_of(row)]) for row in rows]
     lengths = {}                                                # index -> number of gold tokens
 
     def score(done):                                            # line 4: log p_QBASE(g | t, s), for every conversation
         base = open_model(args.base, args, processes)
-        examples = [scored_ids(base.tokenizer, gold_chat(*form(row), golds[pair_of(row)])) for row in rows]
+        examples = [scored_ids(base.tokenizer, chat) for chat in chats]
         lengths.update((i, n) for i, (_, n) in enumerate(examples))
         return base.score(examples, args.score_tokens, done, processes)
 
-    scores.complete([key_of(row) for row in rows], "gold log-probabilities", score, lambda i, log_prob: {
+    keys = [key_of(row) for row in rows]
+    scores.complete(keys, list(map(digest, chats)), "gold log-probabilities", score, lambda i, log_prob: {
         **dict(zip(columns, key_of(rows[i]))), "tokens": lengths[i],
         "log_prob": round(log_prob, 6) if math.isfinite(log_prob) else None})
 
@@ -164,13 +167,18 @@ def main():
             select_random(c, args.k, seed_for(args.seed, "pick", *pair)) for pair, c in log_probs.items()}
     chosen = [{**row, "gold_log_prob": log_probs[pair_of(row)][row["sample"]], "response": None}
               for row in rows if row["sample"] in keep[pair_of(row)]]
+    strangers = {key for key in output.done if key[:2] in keep} - {key_of(row) for row in chosen}
+    if strangers:
+        fail(f"{args.output} holds conversations that are not selected now, such as {min(strangers)}: the rule or the "
+             "scores have changed. Give another --output.")
+
+    prompt = PERSONALISATION_PROMPT if args.response_prompt else None
+    requests = [Request(response_chat(*form(row), prompt)) for row in chosen]
 
     def respond(done):                                          # line 5: r <- Q_{t-1}(t, s*), greedily
         if args.no_response:
             return ((i, None) for i in range(len(chosen)))
-        prompt = PERSONALISATION_PROMPT if args.response_prompt else None
         questioner = open_model(args.questioner, args, processes)
-        requests = [Request(response_chat(*form(row), prompt)) for row in chosen]
         return questioner.generate(requests, 0.0, 1.0, args.max_tokens, done, processes)
 
     def to_row(i, reply):
@@ -185,7 +193,8 @@ def main():
                           f"response: {row['response']}",
                           f"log p(gold) = {row['gold_log_prob']:.2f}, chosen from {scored}"])
 
-    output.complete([key_of(row) for row in chosen], "responses", respond, to_row, show)
+    inputs = [digest(request.chat, row["gold_log_prob"]) for request, row in zip(requests, chosen)]
+    output.complete([key_of(row) for row in chosen], inputs, "responses", respond, to_row, show)
 
     total, cut = output.tally("cut_response")
     scored = [p for c in log_probs.values() for p in c.values() if p is not None]

@@ -3,7 +3,8 @@
     { s_ij^c },  c = 1..n   <-   Q_{t-1} talking with the Roleplayer about (task i, persona j)
 
 For each (task, persona) pair, n = 10 conversations of 1 to K = 3 questions. The length is drawn once for a pair, so
-that its conversations compare, and by a hash, so that every model and iteration meets the same lengths.
+that its conversations compare, and by a hash, so that every model and iteration meets the same lengths. The random
+numbers of a question are drawn so too: Q_BASE and Q_t, sampled with the same numbers, differ by what they learned.
 The Questioner is told the user's name and the task, and to ask; it never sees the persona.
 
     reads   --tasks     {"task_id": "A000", "split": "A", "task": "How do I start a small herb garden?"}
@@ -14,14 +15,14 @@ The Questioner is told the user's name and the task, and to ask; it never sees t
 
 On a laptop, with the embedded world's server (toy/server.py) running:
     python simulate.py --questioner toy/base --roleplayer openai:roleplayer@http://127.0.0.1:8765/v1 --dtype float32 \\
-        --tasks runs/t.jsonl --personas runs/p.jsonl --split test --limit 20 --output runs/c.jsonl
+        --tasks runs/t.jsonl --personas runs/p.jsonl --split A --limit 20 --output runs/c.jsonl
 The paper's scale, 250 x 50 x 10 = 125,000 conversations (and the Roleplayer on a server of its own):
     accelerate launch simulate.py --roleplayer openai:mistralai/Mixtral-8x7B-Instruct-v0.1@http://host:8000/v1 \\
-        --personas runs/paper/personas.jsonl --split A --output runs/paper/main/1/conversations.jsonl
+        --personas runs/paper/personas.jsonl --split A --output runs/paper/base/conversations.jsonl
 """
-from common import (Request, Rows, add_local_flags, add_server_flags, all_pairs, fail, fingerprints, fraction,
-                    key_of, model_name, not_negative, open_model, positive, progress, read_personas, read_tasks, say,
-                    seed_for, stage_parser, start_processes)
+from common import (Request, Rows, add_local_flags, add_server_flags, all_pairs, digest, fail, fraction,
+                    key_of, model_name, open_model, positive, progress, read_personas, read_tasks, say,
+                    seed_for, stage_parser, start_processes, temperature)
 
 ELICITATION_PROMPT = (
     "A user named {name} has approached you with a request for help. The user's preferences, background and "
@@ -113,13 +114,13 @@ def read_prompt(path):
     """The elicitation prompt of a file; it must have {task}, may have {name}, and no other braces."""
     try:
         prompt = open(path, encoding="utf-8").read().strip()
-        prompt.format(name="", task="")
+        filled = prompt.format(name="", task="\0")
     except OSError as error:
         fail(f"{path}: {error.strerror}. Give a text file with the elicitation prompt.")
     except (ValueError, KeyError, IndexError, AttributeError) as error:
         fail(f"{path}: cannot be filled in ({type(error).__name__}: {error}). It is UTF-8 text with {{name}} and "
              "{task}; other braces are written twice.")
-    return prompt if "{task}" in prompt else fail(f"{path}: no {{task}} in it: the Questioner would not know the task.")
+    return prompt if "\0" in filled else fail(f"{path}: no {{task}} in it: the Questioner would not know the task.")
 
 
 def parse_args():
@@ -132,9 +133,9 @@ def parse_args():
     parser.add_argument("--samples", type=positive, default=10, metavar="n", help="conversations for each pair")
     parser.add_argument("--max-turns", type=positive, default=3, metavar="K", help="most questions in a conversation")
     parser.add_argument("--elicitation-prompt", metavar="FILE", help="another one than figure 14's; {name}, {task}")
-    parser.add_argument("--temperature", type=not_negative, default=0.9, help="of the Questioner")
+    parser.add_argument("--temperature", type=temperature, default=0.9, help="of the Questioner")
     parser.add_argument("--top-p", type=fraction, default=0.9, help="of the Questioner, and of a sampling Roleplayer")
-    parser.add_argument("--roleplayer-temperature", type=not_negative, default=0.0, help="0: greedy")
+    parser.add_argument("--roleplayer-temperature", type=temperature, default=0.0, help="0: greedy")
     parser.add_argument("--max-tokens", type=positive, default=700, help="length of a question, and of an answer")
     add_local_flags(parser, batch_size=160)
     add_server_flags(parser)
@@ -153,17 +154,18 @@ def main():
     output = Rows(args.output, ("task_id", "persona_id", "sample"), {
         "stage": "simulate", "questioner": model_name(args.questioner), "roleplayer": model_name(args.roleplayer),
         "elicitation_prompt": prompt, "roleplayer_system_prompt": ROLEPLAYER_SYSTEM_PROMPT,
-        "roleplayer_prompt": ROLEPLAYER_PROMPT, **fingerprints(args, "tasks", "personas"), "n": args.samples,
-        "K": args.max_turns, "temperature": args.temperature, "top_p": args.top_p,
+        "roleplayer_prompt": ROLEPLAYER_PROMPT, "n": args.samples, "K": args.max_turns,
+        "temperature": args.temperature, "top_p": args.top_p,
         "roleplayer_temperature": args.roleplayer_temperature, "max_tokens": args.max_tokens, "dtype": args.dtype,
         "system": args.system, "extra": args.extra, "seed": args.seed}, processes)
 
     rows = [{"task_id": task["task_id"], "persona_id": persona["persona_id"], "sample": sample, "split": args.split,
              "turns": number_of_turns(task["task_id"], persona["persona_id"], args.max_turns, args.seed),
-             "conversation": [], "cut": 0}
+             "conversation": [], "cut": 0, "inputs": digest(task["task"], persona["name"], persona["persona"])}
             for task, persona in pairs for sample in range(args.samples)]
+    output.check([key_of(row) for row in rows], [row["inputs"] for row in rows])
     rows.sort(key=lambda row: row["turns"])                     # stable; the rows of a block stay alive equally long
-    size = max(1, args.batch_size // args.samples) * args.samples           # a pair's n samples share a block, and one prefill
+    size = max(1, args.batch_size // args.samples) * args.samples   # a pair's n samples share a block, and a prefill
     blocks = [rows[i:i + size] for i in range(0, len(rows), size)]
     todo = [block for block in blocks if not all(key_of(row) in output for row in block)]
 

@@ -1,6 +1,7 @@
 """Fine-tune Q_BASE on the selected conversations (Algorithm 1, line 6).
 
-    Q_t  <-  argmax over Q of  sum over ij of  log p_Q(s*_ij, r_ij | t_i),  starting from Q_BASE, never from Q_{t-1}
+    Q_t  <-  argmax over Q of  sum over ij of  log p_Q(questions of s*_ij, r_ij | t_i, answers of s*_ij),
+             starting from Q_BASE, never from Q_{t-1}
 
 One example is the conversation in figure 17's form with the response at its end. The loss covers every assistant turn,
 the questions and the response, each with its end-of-turn token; the user's turns are masked.
@@ -13,14 +14,15 @@ On a laptop (files from select.py's example):
     python train.py --base toy/base --selected runs/s.jsonl --tasks runs/t.jsonl --personas runs/p.jsonl \\
         --dtype float32 --lr 1.5e-3 --batch-size 8 --micro-batch-size 8 --epochs 6 --output runs/model
 The paper's scale, 12,500 examples in batches of 64:
-    accelerate launch --config_file configs/fsdp.yaml train.py --selected runs/paper/main/1/selected.jsonl \\
+    accelerate launch --config_file configs/fsdp.yaml train.py --selected runs/paper/base/selected.jsonl \\
         --personas runs/paper/personas.jsonl --output runs/paper/main/1/model
-A training that was interrupted starts from the beginning.
+A training that was interrupted starts from the beginning; one that is finished is not repeated.
 """
 import json
 import math
 import os
 import shutil
+from collections import defaultdict
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -28,9 +30,9 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from common import (add_dtype_flag, claim, fail, fingerprints, known, load_model, load_tokenizer,
-                    model_name, not_negative, positive, progress, read_conversations, read_gold, read_personas,
-                    read_tasks, response_form, sample_pairs, say, stage_parser, start_processes, supervised_ids)
+from common import (add_dtype_flag, claim, digest, fail, known, load_model, load_tokenizer, model_name, not_negative,
+                    pair_of, positive, progress, read_conversations, read_gold, read_personas, read_tasks,
+                    response_form, sample_pairs, say, stage_parser, start_processes, supervised_ids)
 
 
 def example_chat(name, task, conversation, response=None):
@@ -60,7 +62,7 @@ def sum_loss(model, ids, mask, labels):
     columns = columns if len(columns) else columns.new_zeros(1)
     logits = model(input_ids=ids, attention_mask=mask, logits_to_keep=columns, use_cache=False).logits   # (B, C, V)
     return F.cross_entropy(logits.float().flatten(0, 1), targets[:, columns].flatten(), ignore_index=-100,
-                           reduction="sum")                     # -sum log p_Q(s*, r | t)
+                           reduction="sum")                     # -sum log p_Q(token | all before it)
 
 
 def epoch_batches(lengths, batch_size, generator):
@@ -96,20 +98,20 @@ def parse_args():
     parser.add_argument("--gradient-checkpointing", action="store_true", help="less memory, a third more time")
     add_dtype_flag(parser)
     args = parser.parse_args()
-    if args.validation >= 1 or args.warmup > 1:
-        parser.error("--validation must be below 1, and --warmup at most 1")
+    if args.validation >= 1 or args.warmup > 1 or args.clip == 0:
+        parser.error("--validation must be below 1, --warmup at most 1, and --clip above 0")
     return args
 
 
 def read_examples(args, tokenizer):
-    """[(ids, labels)] of all usable selected rows, and a sentence on those that were left out."""
+    """[(ids, labels)] of all usable selected rows, by pair: {(task_id, persona_id): examples}; what was left out."""
     tasks, personas = read_tasks(args.tasks), read_personas(args.personas)
     golds = read_gold(args.gold) if args.target == "gold" else {}
     rows = list(read_conversations(args.selected, gold_log_prob=(int, float), response=(str, type(None))))
-    pairs = set(sample_pairs(sorted({(row["task_id"], row["persona_id"]) for row in rows}), args.limit, args.seed))
-    examples, refused, too_long = [], 0, 0
+    pairs = set(sample_pairs(sorted(set(map(pair_of, rows))), args.limit, args.seed))
+    examples, refused, too_long = defaultdict(list), 0, 0
     for row in rows:
-        pair = row["task_id"], row["persona_id"]
+        pair = pair_of(row)
         task, persona = known(row, tasks, personas, args.selected)
         target = {"response": row.get("response"), "none": None, "gold": golds.get(pair)}[args.target]
         if pair not in pairs:
@@ -122,8 +124,10 @@ def read_examples(args, tokenizer):
         else:
             chat = example_chat(persona["name"], task["task"], row["conversation"], target)
             example = supervised_ids(tokenizer, chat)
-            too_long += len(example[0]) > args.max_length
-            examples += [example] if len(example[0]) <= args.max_length else []
+            if len(example[0]) <= args.max_length:
+                examples[pair].append(example)
+            else:
+                too_long += 1
     if not examples:
         fail(f"{args.selected}: no example to train on ({refused} refused, {too_long} above --max-length tokens). "
              "Select conversations first, or raise --max-length.")
@@ -136,24 +140,25 @@ def main():
     if args.base.startswith("openai:"):
         fail(f"--base {args.base}: a local model is trained. Give a folder or a hub name.")
     processes = accelerator = start_processes(args.base)
-    settings = {"stage": "train", "base": model_name(args.base), "target": args.target,
-                **fingerprints(args, "selected", "tasks", "personas", *["gold"] * (args.target == "gold")),
-                "lr": args.lr, "warmup": args.warmup, "epochs": args.epochs, "batch_size": args.batch_size,
-                "max_length": args.max_length, "validation": args.validation, "clip": args.clip, "dtype": args.dtype,
-                "seed": args.seed, "limit": args.limit}         # a larger limit makes another model, not more rows
+    tokenizer = load_tokenizer(args.base)
+    examples, left_out = read_examples(args, tokenizer)
+    settings = {"stage": "train", "base": model_name(args.base), "target": args.target, "lr": args.lr,
+                "warmup": args.warmup, "epochs": args.epochs, "batch_size": args.batch_size, "clip": args.clip,
+                "max_length": args.max_length, "validation": args.validation, "dtype": args.dtype, "seed": args.seed,
+                # More rows make another model, not more of the same: so the examples themselves are a setting.
+                "examples": f"{sum(map(len, examples.values()))}, {digest(sorted(examples.items()))}"}
     claimed = claim(args.output, settings) if processes.is_main_process else None
     processes.wait_for_everyone()
     if Path(args.output).exists():
         return say(processes, f"{args.output}: trained already, with these settings")
 
     set_seed(args.seed)
-    tokenizer = load_tokenizer(args.base)
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-    examples, left_out = read_examples(args, tokenizer)
     generator = np.random.default_rng(args.seed)
-    order = generator.permutation(len(examples))
-    held_out = math.ceil(args.validation * len(examples)) if len(examples) > 1 else 0
-    validation, examples = [examples[i] for i in order[:held_out]], [examples[i] for i in order[held_out:]]
+    pairs = generator.permutation(sorted(examples)).tolist()    # whole pairs are held out
+    held_out = min(math.ceil(args.validation * len(pairs)), len(pairs) - 1)
+    validation = [example for pair in pairs[:held_out] for example in examples[tuple(pair)]]
+    examples = [example for pair in pairs[held_out:] for example in examples[tuple(pair)]]
 
     world = accelerator.num_processes
     accumulation = math.ceil(args.batch_size / (args.micro_batch_size * world))
@@ -169,8 +174,9 @@ def main():
         model.gradient_checkpointing_enable()
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=0.0)
     model, optimizer = accelerator.prepare(model, optimizer)
-    # Not prepared: Accelerate would step it once for each process.
-    schedule = get_cosine_schedule_with_warmup(optimizer, math.ceil(args.warmup * len(batches)), len(batches))
+    # Not prepared: Accelerate would step it once for each process. Warm-up starts at 0, so a single step has none.
+    warmup = min(math.ceil(args.warmup * len(batches)), len(batches) - 1)
+    schedule = get_cosine_schedule_with_warmup(optimizer, warmup, len(batches))
 
     def run(indices, pool):
         """(summed loss, supervised tokens) of some examples; of none, a loss of 0 that still reaches every weight,
@@ -180,12 +186,13 @@ def main():
         return sum_loss(model, ids, mask, labels), int((labels[:, 1:] != -100).sum())
 
     def validation_loss():
-        """Mean loss of a supervised token, in nats; the examples are dealt to the processes."""
+        """Mean loss of a supervised token, in nats; the examples are dealt to the processes. NaN without examples."""
         model.eval()
         total = torch.zeros(2, dtype=torch.float64, device=accelerator.device)
         with torch.no_grad():
-            for batch in micro_batches(range(len(validation)), world * math.ceil(
-                    len(validation) / (args.micro_batch_size * world)))[accelerator.process_index::world]:
+            runs = world * max(1, math.ceil(len(validation) / (args.micro_batch_size * world)))
+            dealt = micro_batches(range(len(validation)), runs)[accelerator.process_index::world]
+            for batch in dealt if validation else []:
                 loss, tokens = run(batch, validation)
                 total += torch.tensor([loss.item(), tokens], device=accelerator.device)
         model.train()
@@ -212,6 +219,8 @@ def main():
         schedule.step()
         optimizer.zero_grad()
         losses.append(accelerator.reduce(total).item() / supervised)
+        if not math.isfinite(losses[-1]):
+            fail(f"the loss is {losses[-1]} after {len(losses)} steps; nothing is saved. Lower --lr.")
         bar.update()
         bar.set_postfix(loss=f"{losses[-1]:.3f}")
     bar.close()

@@ -201,6 +201,34 @@ def test_text_that_spells_a_special_token_stays_text(family):
         assert common.prompt_ids(tokenizer, chat[:3]) == ids[:len(common.prompt_ids(tokenizer, chat[:3]))]
 
 
+def test_private_characters_in_a_text_stay_what_they_are():
+    tokenizer = make_tokenizer("llama3")
+    text = "".join(map(chr, range(0xF0000, 0xF0009))) + "<|eot_id|>"
+    ids = common.prompt_ids(tokenizer, [{"role": "user", "content": text}])
+    assert text in tokenizer.decode(ids) and ids.count(tokenizer.convert_tokens_to_ids("<|eot_id|>")) == 1
+
+
+def test_broken_models_are_refused(tmp_path, capsys):
+    folder = save_model(tmp_path / "nan")
+    broken = AutoModelForCausalLM.from_pretrained(folder)
+    with torch.no_grad():
+        broken.lm_head.weight[0, 0] = float("nan")
+    broken.save_pretrained(folder)
+    with pytest.raises(SystemExit):
+        local(folder)
+    assert "not all finite" in capsys.readouterr().err
+    state = broken.state_dict()
+    del state["model.layers.0.mlp.up_proj.weight"]
+    broken.save_pretrained(folder, state_dict=state)
+    with pytest.raises(SystemExit):
+        local(folder)
+    assert "weights are missing, such as model.layers.0.mlp.up_proj.weight" in capsys.readouterr().err
+    open(f"{folder}/model.safetensors", "r+b").truncate(1000)
+    with pytest.raises(SystemExit):
+        local(folder)
+    assert "no model to load" in capsys.readouterr().err
+
+
 def test_a_template_that_rewrites_earlier_turns_is_refused(capsys):
     tokenizer = make_tokenizer("qwen")
     tokenizer.chat_template = ("{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] if loop.last or "

@@ -122,7 +122,7 @@ def test_changed_settings_are_refused_by_name_and_the_output_stays(run, server, 
     tasks = world.tasks[:1] + [{**world.tasks[1], "task": "Another wish."}] + world.tasks[2:]
     write_rows(world.path("tasks.jsonl"), tasks)
     _, err = run(gold, *flags, status=2)
-    assert "tasks:" in err
+    assert "row ('A1', 'Ap1') was made from other inputs" in err
     assert open(world.path("g.jsonl")).read() == before and len(server.requests) == 3
 
 
@@ -308,6 +308,25 @@ def test_select_keeps_the_conversation_with_the_best_gold(run, world, tiny, sele
     assert [row["response"] for row in prompted] != [row["response"] for row in read_lines(world.path("s.jsonl"))]
 
 
+def test_an_edited_rule_or_gold_is_not_mixed_with_old_rows(run, world, tiny, select_stage, monkeypatch):
+    write_rows(world.path("c.jsonl"), world.conversations("A", n=3))
+    run(select_stage, *select_flags(world, tiny))
+    before = open(world.path("s.jsonl")).read()
+    with monkeypatch.context() as patch:
+        patch.setattr(select_stage, "select_best", lambda log_probs, k: sorted(log_probs, key=log_probs.get)[:k])
+        _, err = run(select_stage, *select_flags(world, tiny), status=2)
+    assert "not selected now" in err
+    write_rows(world.path("gold.jsonl"), [{**world.gold[0], "gold": "Another."}, *world.gold[1:]])
+    _, err = run(select_stage, *select_flags(world, tiny), status=2)
+    assert "row ('A0', 'Ap0', 0) was made from other inputs" in err and open(world.path("s.jsonl")).read() == before
+
+
+def test_nothing_to_select_leaves_an_empty_file(run, world, tiny, select_stage):
+    write_rows(world.path("c.jsonl"), [{**row, "refused": "filter"} for row in world.conversations("A")])
+    out, _ = run(select_stage, *select_flags(world, tiny))
+    assert "24 refused conversations" in out and read_lines(world.path("s.jsonl")) == []
+
+
 def test_a_conversation_without_any_gold_row_is_bad_input(run, world, tiny, select_stage):
     write_rows(world.path("c.jsonl"), world.conversations("A"))
     write_rows(world.path("gold.jsonl"), world.gold[1:])
@@ -332,7 +351,8 @@ def test_q_random_is_never_the_own_persona_and_uses_each_once():
 def test_conditions(world):
     talks = {common.key_of(row): row["conversation"] for row in world.conversations("test", n=2)}
     del talks["test0", "testp1", 1]                              # a refused one
-    rows = evaluate.conditions(talks, 42, controls=True)
+    personas = [p["persona_id"] for p in world.personas if p["split"] == "test"]
+    rows = evaluate.conditions(talks, personas, 42, controls=True)
     count = Counter(key[3] for key in rows)
     assert count == {"q_experimental": 23, "q_random": 22, "negative_control": 12, "positive_control": 12}
     for (task, persona, sample, condition), talk in rows.items():
@@ -341,8 +361,10 @@ def test_conditions(world):
             assert speakers == {persona} and talk[1]["content"].startswith(f"Number {sample}")
         if condition == "q_random":
             assert len(speakers) == 1 and speakers != {persona} and talk[1]["content"].startswith(f"Number {sample}")
-    assert Counter(key[3] for key in evaluate.conditions(talks, 42, controls=False)) == {
+    assert Counter(key[3] for key in evaluate.conditions(talks, personas, 42, controls=False)) == {
         "q_experimental": 23, "q_random": 22}
+    few = {key: talk for key, talk in talks.items() if key[1] != "testp2"}      # a smaller --limit: the same rows, or none
+    assert evaluate.conditions(few, personas, 42, controls=True).items() <= rows.items()
 
 
 def test_win_pairs_are_balanced_and_fixed():
@@ -444,6 +466,24 @@ def test_evaluation_from_end_to_end(run, world, tiny, server):
     assert [(r["metric"], r["mean"], r["ties"], r["n"]) for r in row] == [("win_rate", 0.5, 9, 9)]
 
 
+def test_a_baseline_with_another_roleplayer_is_refused(run, world, tiny, server):
+    write_rows(world.path("e0.jsonl"), world.conversations("test"))
+    write_rows(world.path("e1.jsonl"), world.conversations("test"))
+    run(evaluate, *evaluate_flags(world, tiny, "e0", "--iteration", 0))
+    flags = evaluate_flags(world, tiny, "e1", "--iteration", 1, "--baseline", world.path("e0"))
+    flags[flags.index("stub")] = "terse"
+    _, err = run(evaluate, *flags, "--judge", f"openai:j@{server.url}", status=2)
+    assert "another roleplayer ('stub', here 'terse')" in err and not server.requests
+
+
+def test_two_evaluations_may_write_results_side_by_side(tmp_path):
+    code = ("import sys; sys.path.append('.'); import common\nfor t in range(30):\n    common.write_results(sys.argv[1], "
+            "[{'variant': sys.argv[2], 'iteration': t, 'metric': 'm', 'condition': '', 'roleplayer': 'r', 'split': 's', "
+            "'mean': 0.5, 'sem': None, 'n': 1}])")
+    both = [subprocess.Popen([sys.executable, "-c", code, str(tmp_path / "r.jsonl"), name], cwd=ROOT) for name in "ab"]
+    assert [process.wait() for process in both] == [0, 0] and len(read_lines(tmp_path / "r.jsonl")) == 60
+
+
 def test_a_table_in_the_papers_layout():
     row = lambda t, condition, mean: {"variant": "main", "iteration": t, "metric": "gold_log_prob", "condition": condition,
                                       "roleplayer": "r", "split": "test", "mean": mean, "sem": 1.2, "n": 500}
@@ -460,7 +500,9 @@ def test_a_table_in_the_papers_layout():
 
 @pytest.mark.parametrize("line, why", [
     ("{", "not JSON"), ("[1]", "an object is expected"), ('{"task_id": "x", "split": "A"}', "no field 'task'"),
-    ('{"task_id": 3, "split": "A", "task": "t"}', "field 'task_id'"), ('{"task_id": "A0", "split": "A", "task": "t"}', "line 1"),
+    ('{"task_id": 3, "split": "A", "task": "t"}', "field 'task_id'"), ('{"task_id": "x", "refused": "r"}', "no field 'split'"),
+    ('{"task_id": "x", "split": "A", "task": NaN}', "not JSON"), ('{"task_id": "\\ud800", "split": "A", "task": "t"}', "surrogate"),
+    ('{"task_id": "A0", "split": "A", "task": "t"}', "line 1"),
     (b"\xff\xfe", "not UTF-8")])
 def test_bad_lines_are_named(run, world, server, line, why):
     with open(world.path("tasks.jsonl"), "ab") as file:
@@ -492,9 +534,49 @@ def test_other_bad_input(run, world, server, tiny):
                                      "--split", "A", "--output", world.path("x.jsonl"), status=2)[1]
     assert "no model to load" in run(simulate, *simulate_flags(world, world.path("none"), server), status=2)[1]
     assert "--oracle" in run(gold, "--output", "x", status=2)[1]
-    for flag, value in (("--limit", "0"), ("--top-p", "0"), ("--top-p", "1.1"), ("--temperature", "-1"), ("--extra", "[]"),
+    for flag, value in (("--limit", "0"), ("--seed", "-1"), ("--output", ""), ("--output", "/"), ("--temperature", "1e-9"), ("--top-p", "0"), ("--top-p", "1.1"), ("--temperature", "-1"), ("--extra", "[]"),
                         ("--extra", "{"), ("--max-tokens", "none"), ("--temperature", "nan")):
         assert flag in run(gold, *flags, flag, value, status=2)[1]
+
+
+@pytest.mark.parametrize("body", [{}, [], None, "text", {"choices": []}, {"choices": [{}]}, {"error": {"message": "busy"}}])
+def test_an_answer_that_is_no_chat_completion_is_an_error_and_no_refusal(run, world, server, body):
+    server.reply = lambda request: (200, body if body != "text" else ["text"])
+    _, err = run(gold, "--oracle", f"openai:m@{server.url}", *world.flags("tasks", "personas"), "--split", "A", "--limit", 2,
+                 "--output", world.path("g.jsonl"), status=2)
+    assert "no chat completion" in err and not os.path.exists(world.path("g.jsonl"))
+
+
+def test_what_was_answered_before_a_lasting_error_is_kept(run, world, server):
+    server.reply = lambda request: (200, "Gold.") if len(server.requests) <= 7 else (404, {"error": {"message": "gone"}})
+    flags = ["--oracle", f"openai:m@{server.url}", *world.flags("tasks", "personas"), "--split", "A", "--output",
+             world.path("g.jsonl"), "--concurrency", 1]
+    _, err = run(gold, *flags, status=2)
+    assert "answers 404" in err
+    server.reply = lambda request: (200, "Gold.")
+    run(gold, *flags)
+    assert len(server.requests) == 12 + 1 and len(read_lines(world.path("g.jsonl"))) == 12
+
+
+def test_an_unfinished_file_is_not_read(run, world, server):
+    (world.folder / "tasks.jsonl.part-0").write_text("")
+    _, err = run(gold, "--oracle", f"openai:m@{server.url}", *world.flags("tasks", "personas"), "--split", "A", "--output",
+                 world.path("g.jsonl"), status=2)
+    assert "tasks.jsonl: not finished" in err
+
+
+def test_leftovers_of_kills_at_the_worst_moments(tmp_path):
+    """A torn line in a part, a merge that was cut off, a last line without its end in the finished file."""
+    path = tmp_path / "x.jsonl"
+    path.write_text('{"a": 1}\n{"a": 2}')
+    (tmp_path / "x.jsonl.settings.json").write_text("{}")
+    (tmp_path / "x.jsonl.part-0").write_text('{"a": 3}\n{"a": 9')
+    (tmp_path / "x.jsonl.part-0.tmp").write_text('{"a": 7}\n')
+    (tmp_path / "x.jsonl.part-1").write_text('{"a": 3}\n{"a": 0}\n')
+    rows = common.Rows(path, ("a",), {}, common.OneProcess())
+    assert set(rows.done) == {(0,), (1,), (2,), (3,)}
+    rows.finish()
+    assert read_lines(path) == [{"a": 0}, {"a": 1}, {"a": 2}, {"a": 3}] and not common.unfinished(path)
 
 
 def test_no_server(run, world):

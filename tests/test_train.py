@@ -28,7 +28,8 @@ def test_supervised_tokens_for_each_target(world, family, target, said):
     write_rows(world.path("gold.jsonl"), [{**world.gold[0], "gold": "Ann, gyokuro!"}])
     args = SimpleNamespace(selected=world.path("s.jsonl"), tasks=world.path("tasks.jsonl"), target=target, limit=None,
                            personas=world.path("personas.jsonl"), gold=world.path("gold.jsonl"), seed=42, max_length=2048)
-    ((ids, labels),), left_out = train.read_examples(args, tokenizer)
+    examples, left_out = train.read_examples(args, tokenizer)
+    (ids, labels), = examples["A0", "Ap0"]
     blank = " " if family == "mistral" else ""
     assert tokenizer.decode([label for label in labels if label != -100]) == "".join(
         blank + text + END_OF_TURN[family] for text in said)
@@ -45,7 +46,7 @@ def test_too_long_examples_are_dropped_and_counted_never_cut(world):
                            personas=world.path("personas.jsonl"), seed=42, max_length=400)
     examples, left_out = train.read_examples(args, make_tokenizer("mistral"))
     assert len(examples) == 11 and "1 longer than 400 tokens dropped" in left_out
-    assert max(len(ids) for ids, _ in examples) <= 400
+    assert max(len(ids) for of_pair in examples.values() for ids, _ in of_pair) <= 400
 
 
 def test_the_loss_is_the_sum_over_supervised_tokens():
@@ -119,6 +120,27 @@ def test_training_from_the_command_line(run, world, tmp_path):
     run(train, *train_flags(world, base, "again"))
     assert digest(world.path("again"))["model.safetensors"] == after["model.safetensors"], "the same seed, the same weights"
     assert not list(Path(world.folder).glob("*.tmp"))
+
+
+def test_more_rows_are_another_training_and_one_step_learns(run, world, tmp_path):
+    base = save_model(tmp_path / "base")
+    rows = [{**row, "gold_log_prob": -1.0, "response": f"Say {i}."} for i, row in enumerate(world.conversations("A", n=1))]
+    write_rows(world.path("s.jsonl"), rows[:2])
+    flags = train_flags(world, base, "m", "--epochs", 1)
+    out, _ = run(train, *flags)
+    assert "1 examples + 1 held out" in out and "1 steps" in out
+    assert digest(world.path("m"))["model.safetensors"] != digest(base)["model.safetensors"], "warm-up must not eat all steps"
+    write_rows(world.path("s.jsonl"), rows)
+    _, err = run(train, *flags, status=2)
+    assert "examples:" in err
+    out, _ = run(train, *train_flags(world, base, "all", "--validation", 0))
+    assert "12 examples + 0 held out" in out
+
+
+def test_a_diverging_training_saves_nothing(run, world, tmp_path):
+    selected(world)
+    _, err = run(train, *train_flags(world, save_model(tmp_path / "base"), "m", "--lr", "1e30"), status=2)
+    assert "the loss is" in err and not Path(world.path("m")).exists()
 
 
 def test_accumulation_gives_the_same_weights(run, world, tmp_path):

@@ -8,12 +8,12 @@
 It reads conversations (simulate.py) and responses (evaluate.py), adds a row for each metric to the results file, and
 prints the toy's table:
 
-    python toy/measure.py --variant main --iteration 1 --roleplayer roleplayer --split dev \\
-        --conversations runs/toy/main/1/conversations.jsonl --responses runs/toy/main/1/responses.jsonl \\
-        --tasks runs/toy/tasks.jsonl --personas runs/toy/personas.jsonl --results runs/toy/results.jsonl
+    python toy/measure.py --variant main --iteration 1 --roleplayer roleplayer --split test \\
+        --conversations runs/smoke/main/1/test.jsonl --responses runs/smoke/main/1/test/responses.jsonl \\
+        --tasks runs/smoke/tasks.jsonl --personas runs/smoke/personas.jsonl --results runs/smoke/results.jsonl
 
     {"variant": "main", "iteration": 1, "metric": "relevant_share", "condition": "", "roleplayer": "roleplayer",
-     "split": "dev", "mean": 0.78, "sem": 0.02, "n": 192}
+     "split": "test", "mean": 0.78, "sem": 0.02, "n": 192}
 
 All means are over (task, persona) pairs; the samples of a pair are averaged first.
 """

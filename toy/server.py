@@ -24,6 +24,7 @@ import random
 import re
 import signal
 import sys
+import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -180,10 +181,18 @@ class Server(ThreadingHTTPServer):
             super().handle_error(request, client_address)
 
 
+def end_with(parent):
+    """Ends this process once it has another parent, which happens when the first was killed."""
+    while os.getppid() == parent:
+        time.sleep(0.5)
+    os._exit(0)
+
+
 def parse_args():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--port", type=int, default=8765, help="0: any free port")
     parser.add_argument("--port-file", help="the URL is written here once the server listens")
+    parser.add_argument("--end-with-parent", action="store_true", help="end when the program that started it is gone")
     return parser.parse_args()
 
 
@@ -196,6 +205,8 @@ def main():
         Path(args.port_file + ".new").write_text(url + "\n")
         os.replace(args.port_file + ".new", args.port_file)
     print(f"serving on {url}", flush=True)
+    if args.end_with_parent:
+        threading.Thread(target=end_with, args=(os.getppid(),), daemon=True).start()
     try:
         server.serve_forever()
     except KeyboardInterrupt:

@@ -159,7 +159,8 @@ def judge_score(text, persona, task):
 def parse_args():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", required=True, help="tasks file to write (JSONL)")
-    parser.add_argument("--tasks-per-split", type=int, default=56, help="at most 224; 56 = four rounds of 14 topics")
+    parser.add_argument("--tasks-per-split", type=int, default=56, choices=range(1, 225), metavar="N",
+                        help="at most 224; 56 = four rounds of 14 topics")
     return parser.parse_args()
 
 
