@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # STaR-GATE, from nothing to the tables (Algorithm 1).
 #
-#   bash run.sh smoke     every step on a real, tiny language model: two CPU cores, no key, no hub, about two minutes
+#   bash run.sh smoke     every step on a real, tiny language model: two CPU cores, no key, no hub, under two minutes
 #   bash run.sh paper     the published settings: needs GPUs, servers and an API key; read the variables below first
 #
 #   RUN=folder   where the output goes            SEED=n            of all randomness
@@ -30,7 +30,7 @@ smoke)                                          # the embedded world (toy/): its
     trap 'exit 130' INT TERM
     until [ -s "$RUN/server.url" ]; do kill -0 $server; sleep 0.1; done
     url=$(cat "$RUN/server.url")
-    python toy/world.py --output "$RUN/tasks.jsonl" --tasks-per-split 6
+    python toy/world.py --output "$RUN/tasks.jsonl" --tasks-per-split 8
 
     BASE=toy/base
     WRITER=openai:persona-writer@$url
@@ -39,14 +39,14 @@ smoke)                                          # the embedded world (toy/): its
     JUDGE=openai:judge@$url
     EXTRA="{}"
     TASKS=$RUN/tasks.jsonl
-    PERSONA_SPLITS=A=6,dev=6,test=6             # 6 tasks x 6 personas = 36 pairs a split
+    PERSONA_SPLITS=A=8,dev=8,test=8             # 8 tasks x 8 personas = 64 pairs a split
     GOLD_SPLITS=A
     SAMPLES=8
     LAUNCH=python
     LAUNCH_TRAINING=python
     MODEL=(--dtype float32)
     ANSWER=(--max-tokens 64)
-    LEARN=(--lr 1.5e-3 --batch-size 8 --micro-batch-size 8 --epochs 6 --validation 0.1)
+    LEARN=(--lr 1.5e-3 --batch-size 8 --micro-batch-size 8 --epochs 8)
     export OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
     ;;
 paper)                                          # the published run's settings are the stages' defaults

@@ -23,7 +23,7 @@ PAPER = {  # star_gate.md's "Settings of the published run"
     "train": {"base": "mistralai/Mistral-7B-Instruct-v0.2", "target": "response", "lr": 2e-05, "warmup": 0.1, "epochs": 1,
               "batch-size": 64, "max-length": 2048, "validation": 0.05, "clip": 1.0, "seed": 42, "dtype": "bfloat16"},
     "evaluate": {"win-pairs": 300, "max-tokens": 700, "temperature": 0.0, "judge-temperature": 0.0, "top-p": 0.9,
-                 "judge-max-tokens": 300, "max-turns": 3},
+                 "judge-max-tokens": 300},
 }
 
 

@@ -11,8 +11,8 @@ from urllib.parse import urlsplit
 from conftest import ROOT, read_lines
 
 
-def start(folder):
-    return subprocess.Popen(["bash", "run.sh", "smoke"], cwd=ROOT, env={**os.environ, "RUN": str(folder)}, text=True,
+def start(folder, **more):
+    return subprocess.Popen(["bash", "run.sh", "smoke"], cwd=ROOT, env={**os.environ, "RUN": str(folder), **more}, text=True,
                             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True)
 
 
@@ -36,24 +36,24 @@ def test_smoke_run(tmp_path):
     results = {(row["variant"], row["iteration"], row["metric"], row["condition"]): row
                for row in read_lines(tmp_path / "results.jsonl")}
     for variant in ("main", "no_reg"):
-        assert results[variant, 1, "win_rate", ""]["n"] == 36
-        assert results[variant, 1, "gold_log_prob_gain", "q_experimental"]["n"] == 36
+        assert results[variant, 1, "win_rate", ""]["n"] == 64
+        assert results[variant, 1, "gold_log_prob_gain", "q_experimental"]["n"] == 64
         assert {"relevant_share", "question_share", "invented_facts"} <= {key[2] for key in results if key[:2] == (variant, 1)}
     positive, negative = (results["main", 0, "gold_log_prob", f"{c}_control"]["mean"] for c in ("positive", "negative"))
     assert positive > negative, "the base should make use of a persona that it is told"
     golds = read_lines(tmp_path / "gold.jsonl")
-    assert len(golds) == 72 and all(row["gold"] and "refused" not in row for row in golds)
+    assert len(golds) == 128 and all(row["gold"] and "refused" not in row for row in golds)
     # The model asks, and every kept conversation is the best of its pair.
     scores = {}
     for row in read_lines(tmp_path / "base/selected.scores.jsonl"):
         scores.setdefault((row["task_id"], row["persona_id"]), []).append(row["log_prob"])
     selected = read_lines(tmp_path / "base/selected.jsonl")
-    assert len(selected) == 36 and all(row["gold_log_prob"] == max(scores[row["task_id"], row["persona_id"]]) for row in selected)
+    assert len(selected) == 64 and all(row["gold_log_prob"] == max(scores[row["task_id"], row["persona_id"]]) for row in selected)
     settings = json.loads((tmp_path / "base/conversations.jsonl.settings.json").read_text())
-    assert settings["roleplayer"] == "roleplayer" and settings["questioner"].startswith("toy/base (")
+    assert settings["roleplayer"] == "roleplayer" and settings["questioner"].startswith("base (")
     # Started again, it finds everything done.
     before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.safetensors")}
-    process = start(tmp_path)
+    process = start(tmp_path, VARIANTS="main")
     output, _ = process.communicate(timeout=600)
     assert process.returncode == 0 and "trained already" in output
     assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.safetensors")} == before
@@ -70,6 +70,25 @@ def test_ctrl_c_takes_the_server_down(tmp_path):
     assert process.returncode != 0
     time.sleep(0.5)
     assert not is_up(tmp_path)
+
+
+def test_the_server_ends_when_run_sh_is_killed(tmp_path):
+    process = start(tmp_path)
+    while not (tmp_path / "server.url").exists() or not is_up(tmp_path):
+        assert process.poll() is None, process.communicate()[0]
+        time.sleep(0.05)
+    process.kill()
+    begin = time.time()
+    while is_up(tmp_path):
+        assert time.time() - begin < 10, "the server outlived run.sh"
+        time.sleep(0.1)
+    os.killpg(process.pid, signal.SIGKILL)                        # the stage that was running
+
+
+def test_unknown_variants_and_splits_are_refused():
+    for mode, more in (("smoke", {"VARIANTS": "main no-reg"}), ("paper", {"SPLIT": "dev", "ORACLE": "x", "ROLEPLAYER": "y"})):
+        done = subprocess.run(["bash", "run.sh", mode], cwd=ROOT, env={**os.environ, **more}, capture_output=True, text=True)
+        assert done.returncode == 2 and ("no variant no-reg" in done.stderr or "no task of split dev" in done.stderr)
 
 
 def test_usage():
