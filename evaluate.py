@@ -149,9 +149,8 @@ def table(results, metric, title):
         label = ", ".join(filter(None, (CONDITIONS.get(row["condition"], row["condition"]),
                                         "" if control else row["variant"],
                                         f"with {row['roleplayer']}" if several and not control else "")))
-        mean, sem = row["mean"], row["sem"]
-        cell = "-" if mean is None else f"{mean:.3f}" if metric.endswith(("rate", "share")) else f"{mean:.2f}"
-        cell += "" if sem is None else f" ± {sem:.3f}" if metric.endswith(("rate", "share")) else f" ± {sem:.2f}"
+        digits = 3 if metric.endswith(("rate", "share")) else 2
+        cell = " ± ".join(f"{value:.{digits}f}" for value in (row["mean"], row["sem"]) if value is not None)
         cells[label][row["iteration"]] = f"{cell} ({row['n']})"
     if not rows:
         return []
@@ -233,8 +232,14 @@ class Evaluation:
         self.label = {"variant": args.variant, "iteration": args.iteration, "split": args.split,
                       "roleplayer": re.sub(r" \(\w{12}\)$", "", roleplayer)}      # a folder's name without fingerprint
         self.settings = {"stage": "evaluate", **self.label, "dtype": args.dtype, "seed": args.seed}
-        if args.baseline:
-            self.check_baseline()
+        self.score_settings = {**self.settings, "base": model_name(args.base)}
+        self.response_settings = {
+            **self.settings, "questioner": model_name(args.questioner), "max_tokens": args.max_tokens,
+            "temperature": args.temperature, "top_p": args.top_p if args.temperature else None}
+        if args.baseline and "log_prob" in args.metrics:
+            self.check_baseline("log_probs.jsonl", self.score_settings)
+        if args.baseline and "win_rate" in args.metrics:
+            self.check_baseline("responses.jsonl", self.response_settings)
         self.processes = start_processes(args.base, args.questioner)
         self.models = {}
 
@@ -244,16 +249,14 @@ class Evaluation:
         path = Path(f"{output}.settings.json")
         return json.loads(path.read_text()) if path.exists() else {}
 
-    def check_baseline(self):
-        """Q_BASE must have met the same users: like is compared with like."""
-        needed = {"log_prob": "log_probs.jsonl", "win_rate": "responses.jsonl"}
-        for file in (Path(self.args.baseline) / needed[metric] for metric in self.args.metrics):
-            theirs = self.settings_of(file) or fail(
-                f"{file}: no such evaluation of Q_BASE. Run evaluate.py --iteration 0 with these --metrics first.")
-            for name in ("roleplayer", "split", "seed"):
-                if theirs[name] != self.settings[name]:
-                    fail(f"--baseline {self.args.baseline}: Q_BASE was evaluated with another {name} "
-                         f"({theirs[name]!r}, here {self.settings[name]!r}). Evaluate Q_BASE in the same way.")
+    def check_baseline(self, file, settings):
+        """Q_BASE must have met the same users and answered in the same way: like is compared with like."""
+        theirs = self.settings_of(Path(self.args.baseline) / file) or fail(
+            f"--baseline {self.args.baseline}: no {file} of Q_BASE. Run evaluate.py --iteration 0 with these --metrics.")
+        for name in set(settings) - {"variant", "iteration", "questioner"}:
+            if theirs.get(name) != settings[name]:
+                fail(f"--baseline {self.args.baseline}: Q_BASE was evaluated with another {name} "
+                     f"({theirs.get(name)!r}, here {settings[name]!r}). Evaluate Q_BASE in the same way.")
 
     def model(self, spec):
         """A model, loaded when it is first needed."""
@@ -287,8 +290,8 @@ def log_probs(e):
     count = Counter(key[3] for key in chats)
     e.left_out["pairs without a gold response"] = sum(e.golds[pair] is None for pair in e.turns)
     e.left_out["conversations without another persona's"] = count["q_experimental"] - count["q_random"]
-    rows = Rows(f"{args.output}/log_probs.jsonl", ("task_id", "persona_id", "sample", "condition"),
-                {**e.settings, "base": model_name(args.base)}, e.processes)
+    rows = Rows(f"{args.output}/log_probs.jsonl", ("task_id", "persona_id", "sample", "condition"), e.score_settings,
+                e.processes)
     keys, lengths = list(chats), {}
     chats = {key: [*e.form(key[:2], chats[key] or [], with_persona=key[3] == "positive_control"),
                    {"role": "assistant", "content": e.golds[key[:2]]}] for key in keys}
@@ -338,10 +341,7 @@ def responses(e):
     for task_id, persona_id, sample in e.conversations:
         samples[task_id, persona_id].append(sample)
     keys = [(*pair, samples[pair][seed_for(args.seed, "sample", *pair) % len(samples[pair])]) for pair in pairs]
-    rows = Rows(f"{args.output}/responses.jsonl", ("task_id", "persona_id", "sample"), {
-        **e.settings, "questioner": model_name(args.questioner), "max_tokens": args.max_tokens,
-        "temperature": args.temperature, "top_p": args.top_p if args.temperature else None}, e.processes)
-
+    rows = Rows(f"{args.output}/responses.jsonl", ("task_id", "persona_id", "sample"), e.response_settings, e.processes)
     requests = [Request(e.form(key[:2], e.conversations[key]), seed_for(args.seed, "respond", *key)) for key in keys]
 
     def respond(done):
