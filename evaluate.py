@@ -252,7 +252,7 @@ class Evaluation:
     def check_baseline(self, file, settings):
         """Q_BASE must have met the same users and answered in the same way: like is compared with like."""
         theirs = self.settings_of(Path(self.args.baseline) / file) or fail(
-            f"--baseline {self.args.baseline}: no {file} of Q_BASE. Run evaluate.py --iteration 0 with these --metrics.")
+            f"--baseline {self.args.baseline}: no {file} of Q_BASE. Run evaluate.py --iteration 0 with these --metrics")
         for name in set(settings) - {"variant", "iteration", "questioner"}:
             if theirs.get(name) != settings[name]:
                 fail(f"--baseline {self.args.baseline}: Q_BASE was evaluated with another {name} "

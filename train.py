@@ -199,7 +199,7 @@ def main():
         total = accelerator.reduce(total)
         return (total[0] / total[1]).item() if validation else float("nan")
 
-    before, losses = validation_loss(), []
+    before, losses, norms = validation_loss(), [], []
     bar = progress(len(batches), "steps", processes)
     model.train()
     for batch in batches:
@@ -214,7 +214,8 @@ def main():
                 loss, _ = run(indices, examples)
                 accelerator.backward(loss * world / supervised)     # x world: DDP and FSDP average over the processes
             total += loss.detach()
-        accelerator.clip_grad_norm_(model.parameters(), args.clip)
+        norm = accelerator.clip_grad_norm_(model.parameters(), args.clip)
+        norms.append(float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm))      # FSDP2 returns a DTensor
         optimizer.step()
         schedule.step()
         optimizer.zero_grad()
@@ -236,8 +237,8 @@ def main():
         os.replace(unfinished, args.output)                     # whole or not at all
         claimed.close()
     processes.wait_for_everyone()
-    say(processes, f"{args.output}: {len(batches)} steps, loss {losses[0]:.3f} -> {losses[-1]:.3f}, held out "
-                   f"{before:.3f} -> {after:.3f} nats a token")
+    say(processes, f"{args.output}: {len(batches)} steps, loss {losses[0]:.3f} -> {losses[-1]:.3f} nats a token, held "
+                   f"out {before:.3f} -> {after:.3f}, norm of the gradient {norms[0]:.3f} -> {norms[-1]:.3f}")
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM, PreTrainedTokenizerFast
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -52,6 +52,9 @@ def make_tokenizer(family):
     tokenizer.decoder = decoders.ByteLevel()
     specials = list(dict.fromkeys(filter(None, [bos, eos, *marks])))
     tokenizer.add_special_tokens([AddedToken(mark, special=True, normalized=False) for mark in specials])
+    if bos:                                                      # as real ones do, and so that BOS can stand twice
+        tokenizer.post_processor = processors.TemplateProcessing(
+            single=f"{bos} $A", special_tokens=[(bos, tokenizer.token_to_id(bos))])
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token=bos, eos_token=eos,
                                    additional_special_tokens=[m for m in marks if m != eos])
     fast.chat_template = template
@@ -89,7 +92,8 @@ def save_model(folder, family="mistral", seed=0, **more):
     tokenizer = make_tokenizer(family)
     model = make_model(len(tokenizer), seed, **more)
     model.generation_config.eos_token_id = tokenizer.eos_token_id
-    model.generation_config.top_k, model.generation_config.do_sample = 1, True     # must not decide anything
+    model.generation_config.top_k, model.generation_config.do_sample = 1, True     # these must not decide anything
+    model.generation_config.repetition_penalty = 5.0
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return str(folder)

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 from transformers.generation import TemperatureLogitsWarper, TopPLogitsWarper
 
 import common
@@ -85,7 +85,7 @@ def test_score_skips_what_is_done_and_deals_batches_to_processes(model):
 def plain_generate(tiny, tokenizer, chat, tokens):
     plain = AutoModelForCausalLM.from_pretrained(tiny)
     ids = torch.tensor([tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=False)])
-    plain.generation_config.top_k = plain.generation_config.do_sample = None
+    plain.generation_config.top_k = plain.generation_config.do_sample = plain.generation_config.repetition_penalty = None
     out = plain.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=tokens, pad_token_id=0)
     return tokenizer.decode(out[0, ids.shape[1]:], skip_special_tokens=True).strip()
 
@@ -121,9 +121,35 @@ def test_nucleus_sampling_has_the_distribution_of_transformers_warpers(temperatu
     assert np.abs(frequency - expected).max() < 1 / 2000
 
 
+def test_each_step_of_a_row_has_its_own_number():
+    draws = torch.tensor([[0.1, 0.6, 0.9], [0.9, 0.1, 0.6]])
+    choose = common.nucleus_sampling(draws, 1.0, 1.0, start=7)
+    quarters = torch.zeros(2, 4)                                 # four equally likely tokens, in order
+    picked = [choose(torch.zeros(2, 7 + t), quarters).argmax(-1).tolist() for t in range(3)]
+    assert picked == [[0, 3], [2, 0], [3, 2]]
+
+
+def test_learned_positions_do_not_see_the_padding(tmp_path):
+    """Rotary positions are relative and would forgive it; GPT-2's are absolute."""
+    tokenizer = make_tokenizer("qwen")
+    torch.manual_seed(0)
+    GPT2LMHeadModel(GPT2Config(vocab_size=len(tokenizer), n_embd=32, n_layer=2, n_head=4, n_positions=512,
+                               initializer_range=0.3)).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    model = local(tmp_path)
+    examples = [common.scored_ids(tokenizer, [*chat, {"role": "assistant", "content": "gold"}]) for chat in chats(6)]
+    together, alone = dict(model.score(examples, 10 ** 6)), dict(model.score(examples, 1))
+    assert [together[i] for i in range(6)] == pytest.approx([alone[i] for i in range(6)], abs=1e-4)
+    requests = [Request(chat, s) for chat in chats(3) for s in range(2)]
+    together = dict(model.generate(requests, 0.9, 0.9, 8))
+    assert [together[i] for i in range(6)] == [dict(model.generate([r], 0.9, 0.9, 8))[0] for r in requests]
+
+
 def test_a_checkpoints_own_generation_config_decides_nothing(model, tiny):
-    """conftest's models carry top_k = 1, with which all samples of a prompt would be equal."""
-    assert json.load(open(f"{tiny}/generation_config.json"))["top_k"] == 1
+    """conftest's models carry top_k = 1, with which all samples of a prompt would be equal, and a repetition penalty
+    that would change even greedy answers (see the test of those)."""
+    carried = json.load(open(f"{tiny}/generation_config.json"))
+    assert carried["top_k"] == 1 and carried["repetition_penalty"] == 5.0
     replies = dict(model.generate([Request(chats(1)[0], s) for s in range(8)], 1.0, 1.0, 5))
     assert len({reply.text for reply in replies.values()}) > 1
 

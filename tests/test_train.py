@@ -107,7 +107,7 @@ def test_training_from_the_command_line(run, world, tmp_path):
     out, _ = run(train, *train_flags(world, base, "m"))
     assert digest(base) == before, "Q_BASE's files must not change"
     assert "11 examples + 1 held out" in out and "batch 8 = 8 x accumulation 1 x 1 processes; 4 steps" in out
-    held_out = [float(x) for x in out.split("held out ")[-1].split(" nats")[0].split(" -> ")]
+    held_out = [float(x) for x in out.split("held out ")[-1].split(",")[0].split(" -> ")]
     assert held_out[1] < held_out[0], "the loss on held-out examples should fall"
     model, tokenizer = AutoModelForCausalLM.from_pretrained(world.path("m")), AutoTokenizer.from_pretrained(world.path("m"))
     assert tokenizer.chat_template and not torch.equal(
