@@ -171,7 +171,7 @@ def main():
 
     model = load_model(args.base, args.dtype)                   # Q_BASE, not Q_{t-1}
     if args.gradient_checkpointing:
-        model.gradient_checkpointing_enable()
+        model.gradient_checkpointing_enable({"use_reentrant": False})
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=0.0)
     model, optimizer = accelerator.prepare(model, optimizer)
     # Not prepared: Accelerate would step it once for each process. Warm-up starts at 0, so a single step has none.

@@ -466,6 +466,23 @@ def test_evaluation_from_end_to_end(run, world, tiny, server):
     assert [(r["metric"], r["mean"], r["ties"], r["n"]) for r in row] == [("win_rate", 0.5, 9, 9)]
 
 
+def test_two_processes_evaluate_as_one_and_ask_the_judge_once(run, world, tiny, server):
+    for name, word in (("e0", "red"), ("e1", "blue"), ("two", "blue")):
+        write_rows(world.path(f"{name}.jsonl"), world.conversations("test", word=word))
+    run(evaluate, *evaluate_flags(world, tiny, "e0", "--iteration", 0))
+    server.reply = lambda request: (200, "Final Response: " + "AB"[request["seed"] % 2])
+    judged = ["--iteration", 1, "--baseline", world.path("e0"), "--judge", f"openai:j@{server.url}", "--both-orders"]
+    run(evaluate, *evaluate_flags(world, tiny, "e1", *judged))
+    assert len(server.requests) == 24
+    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "evaluate.py", *map(
+        str, evaluate_flags(world, tiny, "two", *judged))], cwd=ROOT, capture_output=True, text=True, env={
+            **os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr
+    assert len(server.requests) == 48 and done.stdout.count("Win rate against Q_BASE") == 1
+    for file in ("log_probs", "responses", "verdicts"):
+        assert open(world.path(f"two/{file}.jsonl")).read() == open(world.path(f"e1/{file}.jsonl")).read()
+
+
 def test_a_baseline_with_another_roleplayer_is_refused(run, world, tiny, server):
     write_rows(world.path("e0.jsonl"), world.conversations("test"))
     write_rows(world.path("e1.jsonl"), world.conversations("test"))

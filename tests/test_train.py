@@ -144,12 +144,13 @@ def test_a_diverging_training_saves_nothing(run, world, tmp_path):
 
 
 def test_accumulation_gives_the_same_weights(run, world, tmp_path):
-    """1 x 8, 4 x 2 and 8 x 1: also with a last batch that is not full."""
+    """1 x 8, 4 x 2 and 8 x 1, also with a last batch that is not full; and with gradient checkpointing."""
     base = save_model(tmp_path / "base")
     selected(world)
     weights = []
     for micro in (8, 2, 1):
-        out, _ = run(train, *train_flags(world, base, f"m{micro}", "--micro-batch-size", micro))
+        checkpointing = ["--gradient-checkpointing"] * (micro == 2)
+        out, _ = run(train, *train_flags(world, base, f"m{micro}", "--micro-batch-size", micro, *checkpointing))
         assert f"{micro} x accumulation {8 // micro} x 1" in out
         weights.append(AutoModelForCausalLM.from_pretrained(world.path(f"m{micro}")).state_dict())
     start = AutoModelForCausalLM.from_pretrained(base).state_dict()
