@@ -267,7 +267,7 @@ class Rows:
             with open(file, "rb") as lines:
                 self.done.update(map(self._identity, lines))
         processes.wait_for_everyone()
-        self.part = None
+        self.part = self.bar = None
 
     def _identity(self, line):
         try:
@@ -311,25 +311,24 @@ class Rows:
             if Path(source) not in (Path(target), self.path):
                 os.remove(source)
 
-    def complete(self, keys, inputs, what, results, to_row, show=None):
-        """Makes the rows that are missing, saves each as it comes, and finishes.
+    def plan(self, keys, inputs, what):
+        """Announces the rows that are wanted and returns the set of indices that are done already.
 
-        keys, inputs: of all rows wanted; what: for the progress bar; results: called if any row is missing, with the
-        set of indices that are done, yields (index, value); to_row: (index, value) -> row; show: row -> text, once.
+        keys: one a row; inputs: a hash of what each is made from; what: for the progress bar.
         """
         self.check(keys, inputs)
-        done = {i for i, key in enumerate(keys) if key in self}
-        missing = results(done) if len(done) < len(keys) else ()
-        bar = progress(len(keys), what, self.processes, len(done))
-        for i, value in missing:
-            row = {**to_row(i, value), "inputs": inputs[i]}
-            self.add([row])
-            bar.update((i not in done) * self.processes.num_processes)
-            if show:
-                say(self.processes, f"\n{show(row)}\n")
-                show = None
-        bar.close()
-        self.finish()
+        self.keys, self.inputs, self.what = keys, inputs, what
+        return {i for i, key in enumerate(keys) if key in self}
+
+    def save(self, i, fields):
+        """Saves row i of the plan, with its key and inputs. Returns True for the first one, as a sample to show."""
+        first = self.bar is None
+        if first:
+            done = sum(key in self for key in self.keys)
+            self.bar = progress(len(self.keys), self.what, self.processes, done)
+        self.bar.update((self.keys[i] not in self) * self.processes.num_processes)
+        self.add([{**dict(zip(self.key, self.keys[i])), **fields, "inputs": self.inputs[i]}])
+        return first
 
     def read(self):
         """Yields all rows that are saved, in canonical order once the stage is finished."""
@@ -347,6 +346,8 @@ class Rows:
 
     def finish(self):
         """Joins the parts of all processes into PATH, which is there then, if only as an empty file."""
+        if self.bar:
+            self.bar.close()
         if self.part:
             self.part.close()
         self.processes.wait_for_everyone()

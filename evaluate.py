@@ -241,7 +241,7 @@ class Evaluation:
         if args.baseline and "win_rate" in args.metrics:
             self.check_baseline("responses.jsonl", self.response_settings)
         self.processes = start_processes(args.base, args.questioner)
-        self.models = {}
+        self.loaded = None, None
 
     @staticmethod
     def settings_of(output):
@@ -259,10 +259,11 @@ class Evaluation:
                      f"({theirs.get(name)!r}, here {settings[name]!r}). Evaluate Q_BASE in the same way.")
 
     def model(self, spec):
-        """A model, loaded when it is first needed."""
-        if spec not in self.models:
-            self.models[spec] = open_model(spec, self.args, self.processes)
-        return self.models[spec]
+        """A model, loaded when it is needed; the one before it is let go, since two might not fit side by side."""
+        if self.loaded[0] != spec:
+            self.loaded = None, None
+            self.loaded = spec, open_model(spec, self.args, self.processes)
+        return self.loaded[1]
 
     def form(self, pair, conversation, with_persona=False):
         """Figure 17's form for a pair."""
@@ -292,19 +293,18 @@ def log_probs(e):
     e.left_out["conversations without another persona's"] = count["q_experimental"] - count["q_random"]
     rows = Rows(f"{args.output}/log_probs.jsonl", ("task_id", "persona_id", "sample", "condition"), e.score_settings,
                 e.processes)
-    keys, lengths = list(chats), {}
+    keys = list(chats)
     chats = {key: [*e.form(key[:2], chats[key] or [], with_persona=key[3] == "positive_control"),
                    {"role": "assistant", "content": e.golds[key[:2]]}] for key in keys}
 
-    def score(done):
+    done = rows.plan(keys, [digest(chats[key]) for key in keys], "gold log-probabilities")
+    if len(done) < len(keys):
         base = e.model(args.base)
         examples = [scored_ids(base.tokenizer, chats[key]) for key in keys]
-        lengths.update((i, n) for i, (_, n) in enumerate(examples))
-        return base.score(examples, args.score_tokens, done, e.processes)
-
-    rows.complete(keys, [digest(chats[key]) for key in keys], "gold log-probabilities", score, lambda i, log_prob: {
-        **dict(zip(rows.key, keys[i])), "tokens": lengths[i],
-        "log_prob": round(log_prob, 6) if math.isfinite(log_prob) else None})
+        for i, log_prob in base.score(examples, args.score_tokens, done, e.processes):
+            rows.save(i, {"tokens": examples[i][1],
+                          "log_prob": round(log_prob, 6) if math.isfinite(log_prob) else None})
+    rows.finish()
 
     def pair_means(rows_of):
         finite = [row for row in rows_of if row["log_prob"] is not None]
@@ -344,13 +344,15 @@ def responses(e):
     rows = Rows(f"{args.output}/responses.jsonl", ("task_id", "persona_id", "sample"), e.response_settings, e.processes)
     requests = [Request(e.form(key[:2], e.conversations[key]), seed_for(args.seed, "respond", *key)) for key in keys]
 
-    def respond(done):
-        return e.model(args.questioner).generate(requests, args.temperature, args.top_p, args.max_tokens, done,
-                                                 e.processes)
-
-    rows.complete(keys, [digest(request.chat) for request in requests], "responses", respond, lambda i, reply: {
-        **dict(zip(rows.key, keys[i])), "turns": e.turns[keys[i][:2]], "response": reply.text,
-        **({"cut": True} if reply.cut else {})}, lambda row: f"{e.tasks[row['task_id']]['task']}\n-> {row['response']}")
+    done = rows.plan(keys, [digest(request.chat) for request in requests], "responses")
+    if len(done) < len(keys):
+        questioner = e.model(args.questioner)
+        for i, reply in questioner.generate(requests, args.temperature, args.top_p, args.max_tokens, done, e.processes):
+            first = rows.save(i, {"turns": e.turns[keys[i][:2]], "response": reply.text,
+                                  **({"cut": True} if reply.cut else {})})
+            if first:
+                say(e.processes, f"\n{e.tasks[keys[i][0]]['task']}\n-> {reply.text}\n")
+    rows.finish()
     wanted = set(keys)
     return {pair_of(row): row["response"] for row in rows.read() if key_of(row) in wanted}
 
@@ -375,36 +377,31 @@ def verdicts(e, ours):
     def judged(pair, order):
         return judge_chat(e.personas[pair[1]]["persona"], e.tasks[pair[0]]["task"], ours[pair], base[pair], order)
 
+    inputs = [digest([judged(pair, order) for order in orders(pair)]) for pair in pairs]
+    done, replies = rows.plan(pairs, inputs, "verdicts"), defaultdict(dict)
     mine = range(e.processes.process_index, len(pairs), e.processes.num_processes)     # both orders by one process
     calls = [(i, order) for i in mine for order in orders(pairs[i])]
+    requests = [Request(judged(pairs[i], order), seed_for(args.seed, "judge", *pairs[i], order)) for i, order in calls]
+    skip = {call for call, (i, _) in enumerate(calls) if i in done}
+    answers = e.model(args.judge).generate(requests, args.judge_temperature, args.top_p, args.judge_max_tokens,
+                                           skip) if len(done) < len(pairs) else ()
+    for call, reply in answers:
+        i, order = calls[call]
+        replies[i][order] = reply
+        if len(replies[i]) < len(orders(pairs[i])):
+            continue                                            # the other order's answer is still to come
+        raw = [replies[i][order].text for order in orders(pairs[i])]
+        refused = next((reply.refused for reply in replies[i].values() if reply.refused), None)
+        verdict = combine([read_verdict(text, order) for text, order in zip(raw, orders(pairs[i]))])
+        first = rows.save(i, {"turns": e.turns[pairs[i]], "order": "both" if args.both_orders else order,
+                              "verdict": verdict, "raw": raw if args.both_orders else raw[0],
+                              **({"refused": refused} if refused else {})})
+        if first:
+            say(e.processes, "\n" + "\n".join([
+                e.tasks[pairs[i][0]]["task"], e.personas[pairs[i][1]]["persona"], f"ours: {ours[pairs[i]]}",
+                f"base: {base[pairs[i]]}", f"judge, {order}: {reply.text}", f"-> {verdict}"]) + "\n")
+    rows.finish()
 
-    def ask(done):
-        """Yields (index of the pair, its replies by order) when all of them are there."""
-        requests = [Request(judged(pairs[i], order), seed_for(args.seed, "judge", *pairs[i], order))
-                    for i, order in calls]
-        skip, replies = {call for call, (i, _) in enumerate(calls) if i in done}, defaultdict(dict)
-        for call, reply in e.model(args.judge).generate(requests, args.judge_temperature, args.top_p,
-                                                        args.judge_max_tokens, skip):
-            i, order = calls[call]
-            replies[i][order] = reply
-            if len(replies[i]) == len(orders(pairs[i])):
-                yield i, [replies[i][order] for order in orders(pairs[i])]
-
-    def to_row(i, replies):
-        order, raw = orders(pairs[i]), [reply.text for reply in replies]
-        refused = next((reply.refused for reply in replies if reply.refused), None)
-        return {"task_id": pairs[i][0], "persona_id": pairs[i][1], "turns": e.turns[pairs[i]],
-                "order": "both" if args.both_orders else order[0],
-                "verdict": combine([read_verdict(text, o) for text, o in zip(raw, order)]),
-                "raw": raw if args.both_orders else raw[0], **({"refused": refused} if refused else {})}
-
-    def show(row):
-        pair = pair_of(row)
-        return "\n".join([e.tasks[pair[0]]["task"], e.personas[pair[1]]["persona"], f"ours: {ours[pair]}",
-                          f"base: {base[pair]}", f"judge, {row['order']}: {row['raw']}", f"-> {row['verdict']}"])
-
-    inputs = [digest([judged(pair, order) for order in orders(pair)]) for pair in pairs]
-    rows.complete(pairs, inputs, "verdicts", ask, to_row, show)
     given = [row for row in rows.read() if pair_of(row) in set(pairs)]
     count = Counter(row["verdict"] for row in given)
     refused = sum("refused" in row for row in given)

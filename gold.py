@@ -73,19 +73,16 @@ def main():
     requests = [Request(oracle_chat(persona["persona"], task["task"]), seed_for(args.seed, "gold", *key))
                 for (task, persona), key in zip(pairs, keys)]
 
-    def ask(done):
+    done = rows.plan(keys, [digest(request.chat) for request in requests], "gold responses")
+    if len(done) < len(keys):
         oracle = open_model(args.oracle, args, processes)
-        return oracle.generate(requests, args.temperature, args.top_p, args.max_tokens, done, processes)
-
-    def to_row(i, reply):
-        refused = reply.refused or ("" if reply.text else "empty")
-        return {"task_id": keys[i][0], "persona_id": keys[i][1], "split": pairs[i][0]["split"], "gold": reply.text,
-                **({"refused": refused} if refused else {}), **({"cut": True} if reply.cut else {})}
-
-    def show(row):
-        return f"{tasks[row['task_id']]['task']}\n{personas[row['persona_id']]['persona']}\n-> {row['gold']}"
-
-    rows.complete(keys, [digest(request.chat) for request in requests], "gold responses", ask, to_row, show)
+        for i, reply in oracle.generate(requests, args.temperature, args.top_p, args.max_tokens, done, processes):
+            refused = reply.refused or ("" if reply.text else "empty")
+            first = rows.save(i, {"split": pairs[i][0]["split"], "gold": reply.text,
+                                  **({"refused": refused} if refused else {}), **({"cut": True} if reply.cut else {})})
+            if first:
+                say(processes, f"\n{pairs[i][0]['task']}\n{pairs[i][1]['persona']}\n-> {reply.text}\n")
+    rows.finish()
     total, refused, cut = rows.tally("refused", "cut")
     say(processes, f"{args.output}: {total} gold responses, {refused} refused, {cut} cut at {args.max_tokens} tokens")
 

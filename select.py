@@ -32,6 +32,7 @@ if __name__ == "select":
     spec.loader.exec_module(sys.modules["select"])
 else:
     import math
+    from collections import defaultdict
 
     from common import (Request, Rows, add_local_flags, digest, fail, key_of, known, model_name, open_model,
                         pair_of, positive, read_conversations, read_gold, read_personas, read_tasks, response_form,
@@ -143,26 +144,21 @@ def main():
     def form(row):
         return personas[row["persona_id"]]["name"], tasks[row["task_id"]]["task"], row["conversation"]
 
-    chats = [gold_chat(*form(row), golds[pair_of(row)]) for row in rows]
-    lengths = {}                                                # index -> number of gold tokens
-
-    def score(done):                                            # line 4: log p_QBASE(g | t, s), for every conversation
+    # Line 4: log p_QBASE(g | t, s), for every conversation.
+    chats, keys = [gold_chat(*form(row), golds[pair_of(row)]) for row in rows], [key_of(row) for row in rows]
+    done, base = scores.plan(keys, list(map(digest, chats)), "gold log-probabilities"), None
+    if len(done) < len(keys):
         base = open_model(args.base, args, processes)
         examples = [scored_ids(base.tokenizer, chat) for chat in chats]
-        lengths.update((i, n) for i, (_, n) in enumerate(examples))
-        return base.score(examples, args.score_tokens, done, processes)
+        for i, log_prob in base.score(examples, args.score_tokens, done, processes):
+            scores.save(i, {"tokens": examples[i][1],
+                            "log_prob": round(log_prob, 6) if math.isfinite(log_prob) else None})
+    scores.finish()
 
-    keys = [key_of(row) for row in rows]
-    scores.complete(keys, list(map(digest, chats)), "gold log-probabilities", score, lambda i, log_prob: {
-        **dict(zip(columns, key_of(rows[i]))), "tokens": lengths[i],
-        "log_prob": round(log_prob, 6) if math.isfinite(log_prob) else None})
-
-    log_probs = {}                                              # pair -> {sample: log p(gold)}
-    for row in rows:
-        log_probs[pair_of(row)] = {}
-    for score_row in scores.read():
-        if pair_of(score_row) in log_probs:
-            log_probs[pair_of(score_row)][score_row["sample"]] = score_row["log_prob"]
+    log_probs, wanted = defaultdict(dict), set(keys)            # pair -> {sample: log p(gold)}
+    for score in scores.read():
+        if key_of(score) in wanted:
+            log_probs[pair_of(score)][score["sample"]] = score["log_prob"]
     keep = {pair: select_best(c, args.k) if args.pick == "best" else
             select_random(c, args.k, seed_for(args.seed, "pick", *pair)) for pair, c in log_probs.items()}
     chosen = [{**row, "gold_log_prob": log_probs[pair_of(row)][row["sample"]], "response": None}
@@ -172,30 +168,28 @@ def main():
         fail(f"{args.output} holds conversations that are not selected now, such as {min(strangers)}: the rule or the "
              "scores have changed. Give another --output.")
 
+    # Line 5: r <- Q_{t-1}(t, s*), greedily.
     prompt = PERSONALISATION_PROMPT if args.response_prompt else None
     requests = [Request(response_chat(*form(row), prompt)) for row in chosen]
-
-    def respond(done):                                          # line 5: r <- Q_{t-1}(t, s*), greedily
-        if args.no_response:
-            return ((i, None) for i in range(len(chosen)))
-        questioner = open_model(args.questioner, args, processes)
-        return questioner.generate(requests, 0.0, 1.0, args.max_tokens, done, processes)
-
-    def to_row(i, reply):
-        if reply is None:
-            return chosen[i]
-        return {**chosen[i], "response": reply.text, **({"cut_response": True} if reply.cut else {})}
-
-    def show(row):
-        scored = ", ".join(f"{p:.2f}" for p in sorted(filter(None, log_probs[pair_of(row)].values())))
-        return "\n".join([tasks[row["task_id"]]["task"],
-                          *(f"{turn['role']}: {turn['content']}" for turn in row["conversation"]),
-                          f"response: {row['response']}",
-                          f"log p(gold) = {row['gold_log_prob']:.2f}, chosen from {scored}"])
-
     inputs = [digest(request.chat, row["gold_log_prob"]) for request, row in zip(requests, chosen)]
-    output.complete([key_of(row) for row in chosen], inputs, "responses", respond, to_row, show)
+    done = output.plan([key_of(row) for row in chosen], inputs, "responses")
+    if args.no_response:
+        for i in range(len(chosen)) if processes.is_main_process else ():
+            output.save(i, chosen[i])
+    elif len(done) < len(chosen):
+        if args.questioner != args.base:
+            base = None                                         # frees Q_BASE before Q_{t-1} is loaded
+        questioner = base or open_model(args.questioner, args, processes)
+        for i, reply in questioner.generate(requests, 0.0, 1.0, args.max_tokens, done, processes):
+            output.save(i, {**chosen[i], "response": reply.text, **({"cut_response": True} if reply.cut else {})})
+    output.finish()
 
+    if chosen:
+        row = next(output.read())
+        others = ", ".join(f"{p:.2f}" for p in sorted(filter(None, log_probs[pair_of(row)].values())))
+        say(processes, "\n" + "\n".join([
+            tasks[row["task_id"]]["task"], *(f"{turn['role']}: {turn['content']}" for turn in row["conversation"]),
+            f"response: {row['response']}", f"log p(gold) = {row['gold_log_prob']:.2f}, chosen from {others}"]) + "\n")
     total, cut = output.tally("cut_response")
     scored = [p for c in log_probs.values() for p in c.values() if p is not None]
     kept = [row["gold_log_prob"] for row in chosen]
