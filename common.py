@@ -843,6 +843,12 @@ def seed(text):
     return value
 
 
+def local_model(text):
+    if text.startswith("openai:"):
+        raise argparse.ArgumentTypeError(f"{text}: a folder or hub name is needed: this model is scored or trained")
+    return text
+
+
 def output_path(text):
     if os.path.normpath(text or "/") in ("/", ".", ".."):
         raise argparse.ArgumentTypeError(f"{text!r} is no path for an output")

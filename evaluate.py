@@ -32,9 +32,9 @@ from pathlib import Path
 import numpy as np
 
 from common import (Request, Rows, add_local_flags, add_server_flags, by_pair, digest, fail, fraction, key_of,
-                    known, mean_sem, model_name, open_model, pair_of, positive, read_conversations, read_gold,
-                    read_personas, read_rows, read_tasks, response_form, sample_pairs, say, scored_ids, seed_for,
-                    stage_parser, start_processes, temperature, write_results)
+                    known, local_model, mean_sem, model_name, open_model, pair_of, positive, read_conversations,
+                    read_gold, read_personas, read_rows, read_tasks, response_form, sample_pairs, say, scored_ids,
+                    seed_for, stage_parser, start_processes, temperature, write_results)
 
 JUDGE_SYSTEM_PROMPT = (
     "You are an expert in evaluating assistant responses, particularly skilled in analyzing their alignment with "
@@ -164,8 +164,10 @@ def table(results, metric, title):
 def parse_args():
     parser = stage_parser(__doc__, "folder of the per-pair rows")
     parser.add_argument("--results", default="runs/results.jsonl", help="gets a row for each mean; a rerun replaces it")
-    parser.add_argument("--base", default="mistralai/Mistral-7B-Instruct-v0.2", help="Q_BASE scores the golds")
-    parser.add_argument("--questioner", default="mistralai/Mistral-7B-Instruct-v0.2", help="Q_t responds")
+    parser.add_argument("--base", type=local_model, default="mistralai/Mistral-7B-Instruct-v0.2",
+                        help="Q_BASE scores the golds")
+    parser.add_argument("--questioner", type=local_model, default="mistralai/Mistral-7B-Instruct-v0.2",
+                        help="Q_t responds")
     parser.add_argument("--judge", help="names the better response; the paper: gpt-4-0613, which is no more")
     parser.add_argument("--tasks", default="data/tasks.jsonl", help="tasks (JSONL)")
     parser.add_argument("--personas", default="runs/personas.jsonl", help="personas (JSONL)")
@@ -198,9 +200,6 @@ def parse_args():
         parser.error("--baseline belongs to every iteration but 0: evaluate Q_BASE with --iteration 0 first")
     if args.iteration > 0 and "win_rate" in args.metrics and args.judge is None:
         parser.error("--judge is needed for win rates; or --metrics log_prob")
-    for model in (args.base, args.questioner):
-        if model.startswith("openai:"):
-            parser.error(f"{model}: --base and --questioner are local models, since they are scored and trained")
     return args
 
 

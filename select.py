@@ -34,9 +34,9 @@ else:
     import math
     from collections import defaultdict
 
-    from common import (Request, Rows, add_local_flags, digest, fail, key_of, known, model_name, open_model,
-                        pair_of, positive, read_conversations, read_gold, read_personas, read_tasks, response_form,
-                        sample_pairs, say, scored_ids, seed_for, stage_parser, start_processes)
+    from common import (Request, Rows, add_local_flags, digest, fail, key_of, known, local_model, model_name,
+                        open_model, pair_of, positive, read_conversations, read_gold, read_personas, read_tasks,
+                        response_form, sample_pairs, say, scored_ids, seed_for, stage_parser, start_processes)
 
 # Not in the paper: the released code puts this before the first turn when it samples the response, and leaves it out
 # again when it trains on that response, so that part of its gain is this prompt, distilled. --response-prompt uses it.
@@ -84,8 +84,9 @@ def response_chat(name, task, conversation, prompt=None):
 
 def parse_args():
     parser = stage_parser(__doc__, "selected conversations (JSONL)")
-    parser.add_argument("--base", default="mistralai/Mistral-7B-Instruct-v0.2", help="Q_BASE scores")
-    parser.add_argument("--questioner", default="mistralai/Mistral-7B-Instruct-v0.2", help="Q_{t-1} responds")
+    parser.add_argument("--base", type=local_model, default="mistralai/Mistral-7B-Instruct-v0.2", help="Q_BASE scores")
+    parser.add_argument("--questioner", type=local_model, default="mistralai/Mistral-7B-Instruct-v0.2",
+                        help="Q_{t-1} responds")
     parser.add_argument("--tasks", default="data/tasks.jsonl", help="tasks (JSONL)")
     parser.add_argument("--personas", default="runs/personas.jsonl", help="personas (JSONL)")
     parser.add_argument("--gold", default="runs/gold.jsonl", help="gold responses (JSONL)")
@@ -102,9 +103,6 @@ def parse_args():
     args = parser.parse_args()
     if args.no_response and args.response_prompt:
         parser.error("--response-prompt has no meaning with --no-response")
-    for model in (args.base, args.questioner):
-        if model.startswith("openai:"):
-            parser.error(f"{model}: --base and --questioner are local models, since they are scored and trained")
     return args
 
 

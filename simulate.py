@@ -21,7 +21,7 @@ The paper's scale, 250 x 50 x 10 = 125,000 conversations (and the Roleplayer on 
         --personas runs/paper/personas.jsonl --split A --output runs/paper/base/conversations.jsonl
 """
 from common import (Request, Rows, add_local_flags, add_server_flags, all_pairs, digest, fail, fraction,
-                    key_of, model_name, open_model, positive, progress, read_personas, read_tasks, say,
+                    key_of, local_model, model_name, open_model, positive, progress, read_personas, read_tasks, say,
                     seed_for, stage_parser, start_processes, temperature)
 
 ELICITATION_PROMPT = (
@@ -125,7 +125,8 @@ def read_prompt(path):
 
 def parse_args():
     parser = stage_parser(__doc__, "conversations (JSONL)")
-    parser.add_argument("--questioner", default="mistralai/Mistral-7B-Instruct-v0.2", help="Q_{t-1}: a local model")
+    parser.add_argument("--questioner", type=local_model, default="mistralai/Mistral-7B-Instruct-v0.2",
+                        help="Q_{t-1} asks")
     parser.add_argument("--roleplayer", default="mistralai/Mixtral-8x7B-Instruct-v0.1", help="plays the user")
     parser.add_argument("--tasks", default="data/tasks.jsonl", help="tasks (JSONL)")
     parser.add_argument("--personas", default="runs/personas.jsonl", help="personas (JSONL)")
@@ -139,10 +140,7 @@ def parse_args():
     parser.add_argument("--max-tokens", type=positive, default=700, help="length of a question, and of an answer")
     add_local_flags(parser, batch_size=160)
     add_server_flags(parser)
-    args = parser.parse_args()
-    if args.questioner.startswith("openai:"):
-        parser.error("--questioner: a local model, since it is scored and trained; the Roleplayer may be a server's")
-    return args
+    return parser.parse_args()
 
 
 def main():

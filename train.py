@@ -30,8 +30,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from common import (add_dtype_flag, claim, digest, fail, known, load_model, load_tokenizer, model_name, not_negative,
-                    pair_of, positive, progress, read_conversations, read_gold, read_personas, read_tasks,
+from common import (add_dtype_flag, claim, digest, fail, known, load_model, load_tokenizer, local_model, model_name,
+                    not_negative, pair_of, positive, progress, read_conversations, read_gold, read_personas, read_tasks,
                     response_form, sample_pairs, say, stage_parser, start_processes, supervised_ids)
 
 
@@ -79,7 +79,8 @@ def micro_batches(batch, count):
 
 def parse_args():
     parser = stage_parser(__doc__, "model folder", "train on the conversations of a seeded sample of N pairs")
-    parser.add_argument("--base", default="mistralai/Mistral-7B-Instruct-v0.2", help="Q_BASE, loaded anew every time")
+    parser.add_argument("--base", type=local_model, default="mistralai/Mistral-7B-Instruct-v0.2",
+                        help="Q_BASE, loaded anew every time")
     parser.add_argument("--selected", required=True, help="selected conversations (JSONL)")
     parser.add_argument("--tasks", default="data/tasks.jsonl", help="tasks (JSONL)")
     parser.add_argument("--personas", default="runs/personas.jsonl", help="personas (JSONL)")
@@ -137,8 +138,6 @@ def read_examples(args, tokenizer):
 def main():
     args = parse_args()
     from transformers import get_cosine_schedule_with_warmup, set_seed
-    if args.base.startswith("openai:"):
-        fail(f"--base {args.base}: a local model is trained. Give a folder or a hub name.")
     processes = accelerator = start_processes(args.base)
     tokenizer = load_tokenizer(args.base)
     examples, left_out = read_examples(args, tokenizer)

@@ -551,6 +551,8 @@ def test_other_bad_input(run, world, server, tiny):
                                      "--split", "A", "--output", world.path("x.jsonl"), status=2)[1]
     assert "no model to load" in run(simulate, *simulate_flags(world, world.path("none"), server), status=2)[1]
     assert "--oracle" in run(gold, "--output", "x", status=2)[1]
+    for stage, flags_of in ((simulate, ["--questioner"]), (evaluate, ["--conversations", "x", "--base"])):
+        assert "a folder or hub name is needed" in run(stage, *flags_of, "openai:m", "--output", "x", status=2)[1]
     for flag, value in (("--limit", "0"), ("--seed", "-1"), ("--output", ""), ("--output", "/"), ("--temperature", "1e-9"), ("--top-p", "0"), ("--top-p", "1.1"), ("--temperature", "-1"), ("--extra", "[]"),
                         ("--extra", "{"), ("--max-tokens", "none"), ("--temperature", "nan")):
         assert flag in run(gold, *flags, flag, value, status=2)[1]
