@@ -19,7 +19,7 @@ import os
 import re
 import socket
 import sys
-from collections import defaultdict
+from collections import Counter, defaultdict
 from glob import glob, escape
 from itertools import islice
 from pathlib import Path
@@ -339,10 +339,11 @@ class Rows:
 
     def tally(self, *fields):
         """(number of rows, number of rows that have field, ...)."""
-        counts = [0] * (1 + len(fields))
+        rows, counts = 0, Counter()
         for row in self.read():
-            counts = [count + 1 if i == 0 or fields[i - 1] in row else count for i, count in enumerate(counts)]
-        return counts
+            rows += 1
+            counts.update(field for field in fields if field in row)
+        return rows, *(counts[field] for field in fields)
 
     def finish(self):
         """Joins the parts of all processes into PATH, which is there then, if only as an empty file."""
