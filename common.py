@@ -178,6 +178,14 @@ def sample_pairs(ids, limit, seed):
     return ids if limit is None else sorted(ids, key=lambda pair: (seed_for(seed, "limit", *pair), pair))[:limit]
 
 
+def rotation(persona_ids, task_id, seed):
+    """{persona: another persona} for one task, by a seeded rotation of 1..P-1 places, so that nobody meets itself and
+    each is met once. Empty where there are fewer than two. (Q-Random, and the control `select.py --pick permuted`.)"""
+    P = len(persona_ids)
+    shift = 1 + seed_for(seed, "rotation", task_id) % (P - 1) if P > 1 else 0
+    return {persona_ids[j]: persona_ids[(j + shift) % P] for j in range(P)} if shift else {}
+
+
 def unfinished(path):
     """The part files of a stage that was interrupted, or is still running."""
     return sorted(glob(escape(str(path)) + ".part-*[0-9]"))

@@ -33,8 +33,8 @@ import numpy as np
 
 from common import (Request, Rows, add_local_flags, add_server_flags, by_pair, digest, fail, fraction, key_of,
                     known, local_model, mean_sem, model_name, open_model, pair_of, positive, read_conversations,
-                    read_gold, read_personas, read_rows, read_tasks, response_form, sample_pairs, say, scored_ids,
-                    seed_for, stage_parser, start_processes, temperature, write_results)
+                    read_gold, read_personas, read_rows, read_tasks, response_form, rotation, sample_pairs, say,
+                    scored_ids, seed_for, stage_parser, start_processes, temperature, write_results)
 
 JUDGE_SYSTEM_PROMPT = (
     "You are an expert in evaluating assistant responses, particularly skilled in analyzing their alignment with "
@@ -54,14 +54,6 @@ JUDGE_PROMPT = (
     "Comparison: <step-by-step comparison and explanation>\n\n"
     'Final Response: <"A" or "B">'
 )  # figure 16
-
-
-def rotation(persona_ids, task_id, seed):
-    """Q-Random: {persona: another persona} for one task, by a seeded rotation of 1..P-1 places, so that nobody meets
-    the own conversation and each conversation is used once. Empty where there are fewer than two personas."""
-    P = len(persona_ids)
-    shift = 1 + seed_for(seed, "rotation", task_id) % (P - 1) if P > 1 else 0
-    return {persona_ids[j]: persona_ids[(j + shift) % P] for j in range(P)} if shift else {}
 
 
 def conditions(conversations, persona_ids, seed, controls):
@@ -203,6 +195,19 @@ def parse_args():
     return args
 
 
+def settings_of(output):
+    """The settings with which a stage wrote an output; {} for other people's files."""
+    path = Path(f"{output}.settings.json")
+    return json.loads(path.read_text()) if path.exists() else {}
+
+
+def roleplayer_label(args):
+    """Who played the user in --conversations: --roleplayer, or what their settings say, a folder without fingerprint."""
+    name = args.roleplayer or settings_of(args.conversations).get("roleplayer") or fail(
+        f"--roleplayer: {args.conversations}.settings.json is not there to say who played the user. Give a name.")
+    return re.sub(r" \(\w{12}\)$", "", name)
+
+
 class Evaluation:
     """The inputs of one evaluation, read and checked, and what its two measurements share."""
 
@@ -220,16 +225,14 @@ class Evaluation:
         self.left_out["refused conversations"] = sum("refused" in row for row in rows)
         self.conversations = {key_of(row): row["conversation"] for row in rows if "refused" not in row}
         self.turns = {key[:2]: len(conversation) // 2 for key, conversation in self.conversations.items()}
-        simulated = self.settings_of(args.conversations)
+        simulated = settings_of(args.conversations)
         if not self.turns:
             fail(f"{args.conversations}: no conversation to evaluate. Simulate some first.")
         self.K = simulated.get("K") or max(self.turns.values())
         if args.win_pairs < self.K:
             fail(f"--win-pairs {args.win_pairs}: below the number of conversation lengths, {self.K}. Raise it.")
-        roleplayer = args.roleplayer or simulated.get("roleplayer") or fail(
-            f"--roleplayer: {args.conversations}.settings.json is not there to say who played the user. Give a name.")
         self.label = {"variant": args.variant, "iteration": args.iteration, "split": args.split,
-                      "roleplayer": re.sub(r" \(\w{12}\)$", "", roleplayer)}      # a folder's name without fingerprint
+                      "roleplayer": roleplayer_label(args)}
         self.settings = {"stage": "evaluate", **self.label, "dtype": args.dtype, "seed": args.seed}
         self.score_settings = {**self.settings, "base": model_name(args.base)}
         self.response_settings = {
@@ -242,15 +245,9 @@ class Evaluation:
         self.processes = start_processes(args.base, args.questioner)
         self.loaded = None, None
 
-    @staticmethod
-    def settings_of(output):
-        """The settings with which a stage wrote an output; {} for other people's files."""
-        path = Path(f"{output}.settings.json")
-        return json.loads(path.read_text()) if path.exists() else {}
-
     def check_baseline(self, file, settings):
         """Q_BASE must have met the same users and answered in the same way: like is compared with like."""
-        theirs = self.settings_of(Path(self.args.baseline) / file) or fail(
+        theirs = settings_of(Path(self.args.baseline) / file) or fail(
             f"--baseline {self.args.baseline}: no {file} of Q_BASE. Run evaluate.py --iteration 0 with these --metrics")
         for name in set(settings) - {"variant", "iteration", "questioner"}:
             if theirs.get(name) != settings[name]:

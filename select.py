@@ -36,7 +36,8 @@ else:
 
     from common import (Request, Rows, add_local_flags, digest, fail, key_of, known, local_model, model_name,
                         open_model, pair_of, positive, read_conversations, read_gold, read_personas, read_tasks,
-                        response_form, sample_pairs, say, scored_ids, seed_for, stage_parser, start_processes)
+                        response_form, rotation, sample_pairs, say, scored_ids, seed_for, stage_parser,
+                        start_processes)
 
 # Not in the paper: the released code puts this before the first turn when it samples the response, and leaves it out
 # again when it trains on that response, so that part of its gain is this prompt, distilled. --response-prompt uses it.
@@ -74,6 +75,18 @@ def select_random(log_probs, k, seed):
     return sorted(candidates(log_probs), key=lambda c: (seed_for(seed, c), c))[:k]
 
 
+def permuted(golds, seed):
+    """Another control for line 4: {(task_id, persona_id): gold} with the golds of each task dealt to other personas, by
+    a rotation. The rule is the same, but what it prefers is good for somebody else. None where there is nobody else."""
+    personas = defaultdict(list)
+    for (task_id, persona_id), gold in sorted(golds.items()):
+        if gold is not None:
+            personas[task_id].append(persona_id)
+    other = {task_id: rotation(ids, task_id, seed) for task_id, ids in personas.items()}
+    return {(task_id, persona_id): golds.get((task_id, other.get(task_id, {}).get(persona_id)))
+            for task_id, persona_id in golds}
+
+
 def response_chat(name, task, conversation, prompt=None):
     """Line 5. What Q_{t-1} answers: figure 17's form, after the released code's prompt if there is one."""
     chat = response_form(name, task, conversation)
@@ -92,8 +105,8 @@ def parse_args():
     parser.add_argument("--gold", default="runs/gold.jsonl", help="gold responses (JSONL)")
     parser.add_argument("--conversations", required=True, help="conversations (JSONL)")
     parser.add_argument("--k", type=positive, default=1, help="conversations kept for each pair")
-    parser.add_argument("--pick", choices=("best", "random"), default="best",
-                        help="random: a control that ignores the score")
+    parser.add_argument("--pick", choices=("best", "random", "permuted"), default="best",
+                        help="controls: random ignores the score; permuted scores with another persona's gold")
     parser.add_argument("--no-response", action="store_true", help="no regularisation response (the no_reg ablation)")
     parser.add_argument("--response-prompt", action="store_true",
                         help="respond under the released code's extra prompt")
@@ -109,6 +122,7 @@ def parse_args():
 def read_inputs(args):
     """tasks, personas, golds, the conversations that can be scored (in canonical order), and what was left out."""
     tasks, personas, golds = read_tasks(args.tasks), read_personas(args.personas), read_gold(args.gold)
+    golds = permuted(golds, args.seed) if args.pick == "permuted" else golds
     rows, no_gold, refused = [], set(), 0
     for row in read_conversations(args.conversations):
         known(row, tasks, personas, args.conversations)
@@ -157,8 +171,8 @@ def main():
     for score in scores.read():
         if key_of(score) in wanted:
             log_probs[pair_of(score)][score["sample"]] = score["log_prob"]
-    keep = {pair: select_best(c, args.k) if args.pick == "best" else
-            select_random(c, args.k, seed_for(args.seed, "pick", *pair)) for pair, c in log_probs.items()}
+    keep = {pair: select_random(c, args.k, seed_for(args.seed, "pick", *pair)) if args.pick == "random" else
+            select_best(c, args.k) for pair, c in log_probs.items()}
     chosen = [{**row, "gold_log_prob": log_probs[pair_of(row)][row["sample"]], "response": None}
               for row in rows if row["sample"] in keep[pair_of(row)]]
     strangers = {key for key in output.done if key[:2] in keep} - {key_of(row) for row in chosen}

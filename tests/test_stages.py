@@ -258,6 +258,30 @@ def select_flags(world, tiny, output="s.jsonl"):
             "--conversations", world.path("c.jsonl"), "--output", world.path(output)]
 
 
+def test_permuted_golds_belong_to_somebody_else(select_stage):
+    golds = {(f"t{t}", f"p{p}"): f"g{t}{p}" for t in range(20) for p in range(4)}
+    dealt = select_stage.permuted(golds, 1)
+    assert set(dealt) == set(golds) and sorted(dealt.values()) == sorted(golds.values()), "each gold is dealt once"
+    assert all(gold != golds[pair] and gold[:-1] == golds[pair][:-1] for pair, gold in dealt.items()), "of the same task"
+    assert len({tuple(dealt[f"t{t}", f"p{p}"][-1] for p in range(4)) for t in range(20)}) == 3, "by all three rotations"
+    assert select_stage.permuted({("t", "p0"): "g"}, 1) == {("t", "p0"): None}, "nobody else is there"
+    refused = select_stage.permuted({("t", "p0"): "a", ("t", "p1"): None, ("t", "p2"): "c"}, 1)
+    assert refused == {("t", "p0"): "c", ("t", "p1"): None, ("t", "p2"): "a"}, "a refused gold is dealt to nobody"
+
+
+def test_select_by_permuted_golds_keeps_what_suits_another(run, world, tiny, select_stage):
+    write_rows(world.path("c.jsonl"), world.conversations("A", n=4))
+    golds = {(row["task_id"], row["persona_id"]): row["gold"] for row in world.gold}
+    dealt = select_stage.permuted(golds, 42)
+    run(select_stage, *select_flags(world, tiny), "--pick", "permuted", "--output", world.path("permuted.jsonl"))
+    other = [{**row, "gold": dealt[row["task_id"], row["persona_id"]]} for row in world.gold]
+    write_rows(world.path("gold.jsonl"), other)                   # the same rule on a file that was permuted beforehand
+    run(select_stage, *select_flags(world, tiny))
+    assert read_lines(world.path("permuted.jsonl")) == read_lines(world.path("s.jsonl"))
+    settings = json.load(open(world.path("permuted.jsonl.settings.json")))
+    assert settings["pick"] == "permuted"
+
+
 def test_select_keeps_the_conversation_with_the_best_gold(run, world, tiny, select_stage):
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -341,11 +365,11 @@ def test_q_random_is_never_the_own_persona_and_uses_each_once():
         ids = [f"p{i}" for i in range(P)]
         shifts = set()
         for task in range(60):
-            other = evaluate.rotation(ids, f"t{task}", 42)
+            other = common.rotation(ids, f"t{task}", 42)
             assert set(other) == set(ids) == set(other.values()) and all(own != met for own, met in other.items())
             shifts.add(other["p0"])
         assert len(shifts) == P - 1, "every other persona is met"
-    assert evaluate.rotation(["p0"], "t", 42) == {} == evaluate.rotation([], "t", 42)
+    assert common.rotation(["p0"], "t", 42) == {} == common.rotation([], "t", 42)
 
 
 def test_conditions(world):
