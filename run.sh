@@ -1,27 +1,47 @@
 #!/usr/bin/env bash
 # STaR-GATE, from nothing to the tables (Algorithm 1).
 #
-#   bash run.sh smoke     every step on a real, tiny language model: two CPU cores, no key, no hub, under two minutes
+#   bash run.sh           three iterations, the ablations and the controls in the embedded world: two CPU cores, no key
+#   bash run.sh smoke     every step once: one iteration, under two minutes
 #   bash run.sh paper     the published settings: needs GPUs, servers and an API key; read the variables below first
 #
 #   RUN=folder   where the output goes            SEED=n            of all randomness
-#   SPLIT=dev    evaluate on another split        VARIANTS=main     only these variants
+#   SPLIT=dev    evaluate on another split        VARIANTS=main     only these variants (see the end of this file)
 #   LIMIT=n      a seeded sample of n (task, persona) pairs of each split: a trial before a large run
+#   BASE=folder  another Q_BASE                   ITERATIONS=n      of expert iteration
 #   SIMULATE_FLAGS, SELECT_FLAGS, TRAIN_FLAGS, EVALUATE_FLAGS     more flags for these stages
 #
 # A run that was interrupted goes on where it stopped: start it again with the same words.
 set -eo pipefail
 cd "$(dirname "$0")"
 
-MODE=${1:-}
+MODE=${1:-toy}
 RUN=${RUN:-runs/$MODE${LIMIT:+-$LIMIT}}          # a trial has a folder of its own: a model is not prolonged
 SEED=${SEED:-42}
 SPLIT=${SPLIT:-test}
 
 case $MODE in
-smoke)                                          # the embedded world (toy/): its users, Oracle and judge answer by rule
-    VARIANTS=${VARIANTS:-main no_reg}
-    ITERATIONS=1
+toy | smoke)                                    # the embedded world (toy/): its users, Oracle and judge answer by rule
+    if [ "$MODE" = toy ]; then
+        VARIANTS=${VARIANTS:-main base_answers other_user no_reg gold}
+        ITERATIONS=${ITERATIONS:-3}
+        TASKS_PER_SPLIT=28
+        PERSONA_SPLITS=A=28,B=28,dev=8,test=8   # 28 tasks x 8 personas = 224 pairs to evaluate on
+        TRAIN_PAIRS=${LIMIT:-224}                    # of 28 x 28: many personas, so that no value is learned by heart
+        SAMPLES=10
+        TEST_SAMPLES=4
+        LEARN=(--lr 2e-3 --batch-size 8 --micro-batch-size 8 --epochs 5)
+    else
+        VARIANTS=${VARIANTS:-main no_reg}
+        ITERATIONS=${ITERATIONS:-1}
+        TASKS_PER_SPLIT=8
+        PERSONA_SPLITS=A=28,B=28,dev=8,test=8
+        TRAIN_PAIRS=${LIMIT:-64}
+        SAMPLES=8
+        TEST_SAMPLES=8
+        LEARN=(--lr 2e-3 --batch-size 8 --micro-batch-size 8 --epochs 8)
+    fi
+    GOLD_SPLITS="A B"
     mkdir -p "$RUN"
     rm -f "$RUN/server.url"
     python toy/server.py --port 0 --port-file "$RUN/server.url" --end-with-parent &
@@ -30,28 +50,28 @@ smoke)                                          # the embedded world (toy/): its
     trap 'exit 130' INT TERM
     until [ -s "$RUN/server.url" ]; do kill -0 $server; sleep 0.1; done
     url=$(cat "$RUN/server.url")
-    python toy/world.py --output "$RUN/tasks.jsonl" --tasks-per-split 8
+    python toy/world.py --output "$RUN/tasks.jsonl" --tasks-per-split $TASKS_PER_SPLIT
 
-    BASE=toy/base
+    BASE=${BASE:-toy/base}
     WRITER=openai:persona-writer@$url
     ORACLE=openai:oracle@$url
     ROLEPLAYER=openai:roleplayer@$url
+    OTHER_ROLEPLAYER=openai:roleplayer-terse@$url
     JUDGE=openai:judge@$url
     EXTRA="{}"
     TASKS=$RUN/tasks.jsonl
-    PERSONA_SPLITS=A=8,dev=8,test=8             # 8 tasks x 8 personas = 64 pairs a split
-    GOLD_SPLITS=A
-    SAMPLES=8
     LAUNCH=python
     LAUNCH_TRAINING=python
     MODEL=(--dtype float32)
     ANSWER=(--max-tokens 64)
-    LEARN=(--lr 1.5e-3 --batch-size 8 --micro-batch-size 8 --epochs 8)
+    # The Questioner asks from its own distribution. At the paper's .9 and .9 it is sharper than that, and training on
+    # such samples sharpens it further: then even --pick random gains relevance (NOTES.md), and is no control.
+    SIMULATE_FLAGS="--temperature 1 --top-p 1 $SIMULATE_FLAGS"
     export OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
     ;;
 paper)                                          # the published run's settings are the stages' defaults
-    VARIANTS=${VARIANTS:-main no_reg gold}
-    ITERATIONS=3
+    VARIANTS=${VARIANTS:-main base_answers no_reg gold}
+    ITERATIONS=${ITERATIONS:-3}
     # Q_BASE: a local folder or a name on the hub. It is scored with, answers, and is trained: always Hugging Face.
     BASE=${BASE:-mistralai/Mistral-7B-Instruct-v0.2}
     # The Oracle writes 110 personas, 2 x 250 x 50 + 50 x 10 = 25,500 gold responses, and judges 300 pairs for each
@@ -67,10 +87,12 @@ paper)                                          # the published run's settings a
     # answers. Mixtral does not fit beside the Questioner on one card: serve it elsewhere, for example with
     # `vllm serve mistralai/Mixtral-8x7B-Instruct-v0.1 --tensor-parallel-size 2`.
     ROLEPLAYER=${ROLEPLAYER:?set ROLEPLAYER, such as openai:mistralai/Mixtral-8x7B-Instruct-v0.1@http://host:8000/v1}
+    OTHER_ROLEPLAYER=${OTHER_ROLEPLAYER:-mistralai/Mistral-7B-Instruct-v0.2}    # for VARIANTS=other_user
     TASKS=${TASKS:-data/tasks.jsonl}
     PERSONA_SPLITS=${PERSONA_SPLITS:-A=50,B=50,test=10}
     GOLD_SPLITS="A B"
     SAMPLES=10
+    TEST_SAMPLES=10
     # simulate, select and evaluate keep a copy of the model on each GPU; train deals one model's weights, gradients and
     # optimizer state to all of them. On a single GPU set both to "python", and TRAIN_FLAGS=--gradient-checkpointing.
     LAUNCH=${LAUNCH:-accelerate launch --config_file configs/ddp.yaml}
@@ -79,71 +101,108 @@ paper)                                          # the published run's settings a
     grep -q "\"split\": \"$SPLIT\"" "$TASKS" || { echo "run.sh: no task of split $SPLIT in $TASKS" >&2; exit 2; }
     ;;
 *)
-    sed -n '2,12s/^# \{0,1\}//p' "$0" >&2
+    sed -n '2,14s/^# \{0,1\}//p' "$0" >&2
     exit 2
     ;;
 esac
 
 for variant in $VARIANTS; do
     case $variant in
-    main | no_reg | gold) ;;
-    *) echo "run.sh: no variant $variant; there are: main no_reg gold" >&2; exit 2 ;;
+    main | no_reg | gold | base_answers | other_user | random | permuted) ;;
+    *)
+        echo "run.sh: no variant $variant; see the loop at its end: main no_reg gold base_answers ..." >&2
+        exit 2 ;;
     esac
 done
 
 DATA=(--tasks "$TASKS" --personas "$RUN/personas.jsonl" --seed "$SEED" ${LIMIT:+--limit "$LIMIT"})
-SIMULATE=($LAUNCH simulate.py "${DATA[@]}" "${MODEL[@]}" "${ANSWER[@]}" --roleplayer "$ROLEPLAYER" --samples $SAMPLES
-          $SIMULATE_FLAGS)
-SELECT=($LAUNCH select.py "${DATA[@]}" "${MODEL[@]}" "${ANSWER[@]}" --gold "$RUN/gold.jsonl" --base "$BASE"
-        $SELECT_FLAGS)
-TRAIN=($LAUNCH_TRAINING train.py "${DATA[@]}" "${MODEL[@]}" "${LEARN[@]}" --gold "$RUN/gold.jsonl" --base "$BASE"
-       $TRAIN_FLAGS)
-EVALUATE=($LAUNCH evaluate.py "${DATA[@]}" "${MODEL[@]}" "${ANSWER[@]}" --gold "$RUN/gold.jsonl" --base "$BASE"
-          --split "$SPLIT" --results "$RUN/results.jsonl" $EVALUATE_FLAGS)
+GOLD=(--gold "$RUN/gold.jsonl" --base "$BASE")
+SIMULATE=($LAUNCH simulate.py "${DATA[@]}" "${MODEL[@]}" "${ANSWER[@]}" $SIMULATE_FLAGS)
+SELECT=($LAUNCH select.py "${DATA[@]}" "${GOLD[@]}" "${MODEL[@]}" "${ANSWER[@]}" $SELECT_FLAGS)
+TRAIN=($LAUNCH_TRAINING train.py "${DATA[@]}" "${GOLD[@]}" "${MODEL[@]}" "${LEARN[@]}" $TRAIN_FLAGS)
+EVALUATE=($LAUNCH evaluate.py "${DATA[@]}" "${GOLD[@]}" "${MODEL[@]}" "${ANSWER[@]}" --split "$SPLIT"
+          --results "$RUN/results.jsonl" $EVALUATE_FLAGS)
+JUDGED=(--judge "$JUDGE" --extra "$EXTRA" --baseline)       # the folder of Q_BASE's evaluation follows
 
-# evaluate VARIANT ITERATION MODEL FOLDER: conversations on the test split, gold log-probabilities, win rate
+# test_talk MODEL ROLEPLAYER FOLDER: Q_t's conversations on the test split
+test_talk() {
+    "${SIMULATE[@]}" --questioner "$1" --roleplayer "$2" --split "$SPLIT" --samples $TEST_SAMPLES \
+        --output "$3/$SPLIT.jsonl"
+}
+
+# evaluate VARIANT ITERATION MODEL CONVERSATIONS FOLDER ...: gold log-probabilities, responses, verdicts, tables
 evaluate() {
-    "${SIMULATE[@]}" --questioner "$3" --split "$SPLIT" --output "$4/$SPLIT.jsonl"
-    against=()
-    [ "$2" = 0 ] || against=(--baseline "$RUN/base/$SPLIT" --judge "$JUDGE" --extra "$EXTRA")
     "${EVALUATE[@]}" --variant "$1" --iteration "$2" --questioner "$3" --conversations "$4/$SPLIT.jsonl" \
-        "${against[@]}" --output "$4/$SPLIT"
-    if [ "$MODE" = smoke ]; then                # only the embedded world can be asked what matters
+        --output "$5/$SPLIT" "${@:6}"
+    if [ "$MODE" != paper ]; then               # only the embedded world can be asked what matters
         python toy/measure.py --variant "$1" --iteration "$2" --split "$SPLIT" --conversations "$4/$SPLIT.jsonl" \
-            --responses "$4/$SPLIT/responses.jsonl" --tasks "$TASKS" --personas "$RUN/personas.jsonl" \
+            --responses "$5/$SPLIT/responses.jsonl" --tasks "$TASKS" --personas "$RUN/personas.jsonl" \
             --results "$RUN/results.jsonl"
     fi
+}
+
+# expert_iteration VARIANT: Algorithm 1, lines 2 to 7, with an evaluation of each Q_t
+expert_iteration() {
+    questioner=$BASE                            # Q_0 is Q_BASE
+    for t in $(seq "$ITERATIONS"); do           # line 2
+        split=A
+        [ $((t % 2)) = 1 ] || split=B           # A, B, A
+        here=$RUN/$1/$t
+        talk=$here selected=$here target=response rule=()
+        case $1 in
+        no_reg) target=none ;;
+        gold) target=gold ;;
+        random | permuted) rule=(--pick "$1") ;;                # controls: the selection must matter
+        esac
+        if [ "$t" = 1 ]; then                   # Q_0 is the same for all variants: they share its conversations, and,
+            talk=$RUN/base                      # where the rule is the same, the selection
+            [ ${#rule[@]} -gt 0 ] || selected=$RUN/base
+        elif [ $target != response ]; then
+            rule=(--no-response)                # nobody would read them
+        fi
+
+        # Line 3: n conversations for each (task, persona) pair between Q_{t-1} and the Roleplayer.
+        "${SIMULATE[@]}" --questioner "$questioner" --roleplayer "$ROLEPLAYER" --split $split --samples $SAMPLES \
+            ${TRAIN_PAIRS:+--limit "$TRAIN_PAIRS"} --output "$talk/conversations.jsonl"
+
+        # Lines 4 and 5: keep the one that makes the gold most probable under Q_BASE; Q_{t-1} responds to it.
+        "${SELECT[@]}" --questioner "$questioner" --conversations "$talk/conversations.jsonl" "${rule[@]}" \
+            --output "$selected/selected.jsonl"
+
+        # Line 6: fine-tune Q_BASE on the conversation and the response, the questions alone, or the gold response.
+        "${TRAIN[@]}" --selected "$selected/selected.jsonl" --target $target --output "$here/model"
+
+        questioner=$here/model
+        test_talk "$questioner" "$ROLEPLAYER" "$here"
+        evaluate "$1" "$t" "$questioner" "$here" "$here" "${JUDGED[@]}" "$RUN/base/$SPLIT"
+    done                                        # line 7
 }
 
 # Line 1, the input: personas U and gold responses G. (The tasks T are there.)
 python generate_personas.py --model "$WRITER" --extra "$EXTRA" --splits $PERSONA_SPLITS --seed "$SEED" \
     --output "$RUN/personas.jsonl"
 python gold.py "${DATA[@]}" --oracle "$ORACLE" --extra "$EXTRA" --split $GOLD_SPLITS "$SPLIT" --output "$RUN/gold.jsonl"
-evaluate main 0 "$BASE" "$RUN/base"
+
+test_talk "$BASE" "$ROLEPLAYER" "$RUN/base"
+evaluate main 0 "$BASE" "$RUN/base" "$RUN/base"
 
 for variant in $VARIANTS; do
-    questioner=$BASE                            # Q_0 is Q_BASE
-    for t in $(seq $ITERATIONS); do             # line 2
-        split=A
-        [ $((t % 2)) = 1 ] || split=B           # A, B, A
-        here=$RUN/$variant/$t
-        from=$here
-        [ "$t" -gt 1 ] || from=$RUN/base        # Q_0 is the same for all variants: they share its conversations
-
-        # Line 3: n conversations for each (task, persona) pair between Q_{t-1} and the Roleplayer.
-        "${SIMULATE[@]}" --questioner "$questioner" --split $split --output "$from/conversations.jsonl"
-
-        # Lines 4 and 5: keep the one that makes the gold most probable under Q_BASE; Q_{t-1} responds to it.
-        respond=()
-        [ "$variant" = main ] || [ "$t" = 1 ] || respond=(--no-response)    # the others train on none
-        "${SELECT[@]}" --questioner "$questioner" --conversations "$from/conversations.jsonl" "${respond[@]}" \
-            --output "$from/selected.jsonl"
-
-        # Line 6: fine-tune Q_BASE on the conversation and the response, the question alone, or the gold response.
-        case $variant in no_reg) target=none ;; gold) target=gold ;; *) target=response ;; esac
-        "${TRAIN[@]}" --selected "$from/selected.jsonl" --target $target --output "$here/model"
-
-        questioner=$here/model
-        evaluate "$variant" "$t" "$questioner" "$here"
-    done                                        # line 7
+    case $variant in
+    base_answers)                               # Q_BASE answers on Q_t's conversations: what the questions alone gain
+        for t in $(seq "$ITERATIONS"); do
+            evaluate base_answers "$t" "$BASE" "$RUN/main/$t" "$RUN/base_answers/$t" --metrics win_rate \
+                "${JUDGED[@]}" "$RUN/base/$SPLIT"
+        done ;;
+    other_user)                                 # at test time somebody answers with whom nobody has trained
+        test_talk "$BASE" "$OTHER_ROLEPLAYER" "$RUN/other_user/base"
+        evaluate main 0 "$BASE" "$RUN/other_user/base" "$RUN/other_user/base"
+        for t in $(seq "$ITERATIONS"); do
+            test_talk "$RUN/main/$t/model" "$OTHER_ROLEPLAYER" "$RUN/other_user/$t"
+            evaluate main "$t" "$RUN/main/$t/model" "$RUN/other_user/$t" "$RUN/other_user/$t" \
+                "${JUDGED[@]}" "$RUN/other_user/base/$SPLIT"
+        done ;;
+    *)
+        expert_iteration "$variant" ;;
+    esac
 done
+[ "$MODE" = paper ] || python toy/report.py "$RUN" --split "$SPLIT"

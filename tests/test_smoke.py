@@ -42,7 +42,7 @@ def test_smoke_run(tmp_path):
     positive, negative = (results["main", 0, "gold_log_prob", f"{c}_control"]["mean"] for c in ("positive", "negative"))
     assert positive > negative, "the base should make use of a persona that it is told"
     golds = read_lines(tmp_path / "gold.jsonl")
-    assert len(golds) == 128 and all(row["gold"] and "refused" not in row for row in golds)
+    assert len(golds) == 8 * 28 + 64 and all(row["gold"] and "refused" not in row for row in golds)
     # The model asks, and every kept conversation is the best of its pair.
     scores = {}
     for row in read_lines(tmp_path / "base/selected.scores.jsonl"):
@@ -83,14 +83,3 @@ def test_the_server_ends_when_run_sh_is_killed(tmp_path):
         assert time.time() - begin < 10, "the server outlived run.sh"
         time.sleep(0.1)
     os.killpg(process.pid, signal.SIGKILL)                        # the stage that was running
-
-
-def test_unknown_variants_and_splits_are_refused():
-    for mode, more in (("smoke", {"VARIANTS": "main no-reg"}), ("paper", {"SPLIT": "dev", "ORACLE": "x", "ROLEPLAYER": "y"})):
-        done = subprocess.run(["bash", "run.sh", mode], cwd=ROOT, env={**os.environ, **more}, capture_output=True, text=True)
-        assert done.returncode == 2 and ("no variant no-reg" in done.stderr or "no task of split dev" in done.stderr)
-
-
-def test_usage():
-    done = subprocess.run(["bash", "run.sh"], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 2 and "bash run.sh smoke" in done.stderr and "set -eo" not in done.stderr

@@ -15,6 +15,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.append(str(ROOT / "toy"))
 import measure  # noqa: E402
 import pretrain  # noqa: E402
+import report  # noqa: E402
 import server  # noqa: E402
 import world  # noqa: E402
 
@@ -272,7 +273,106 @@ def test_measure_by_hand(tmp_path):
     assert measure.invented_facts("Your pet is dog.", [], "Help me plan a bold dinner.") == 1
 
 
+# ---- the report
+
+def results_of(**changed):
+    """Rows of results.jsonl of one iteration in which all findings hold, but for what `changed` says."""
+    values = {
+        ("main", 0): {"relevant_share": 0.4, "gold_log_prob positive_control": -1.0, "gold_log_prob q_experimental": -14.0},
+        ("main", 1): {"relevant_share": 0.8, "win_rate": 0.7, "invented_facts": 0.1, "question_share": 0.0,
+                      "gold_log_prob q_experimental": -9.0, "gold_log_prob q_random": -20.0,
+                      "gold_log_prob_gain q_experimental": 5.0, "gold_log_prob_gain q_random": -1.0},
+        ("no_reg", 1): {"win_rate": 0.2, "question_share": 0.9},
+        ("gold", 1): {"win_rate": 0.45, "invented_facts": 1.0},
+        ("base_answers", 1): {"win_rate": 0.65},
+        **{(control, 1): {"relevant_share": 0.45, "win_rate": 0.5, "gold_log_prob_gain q_experimental": 1.0,
+                          "gold_log_prob_gain q_random": 0.5} for control in ("random", "permuted")}}
+    rows = []
+    for (variant, t), metrics in values.items():
+        for metric, mean in metrics.items():
+            mean = changed.get(f"{variant}_{t}_{metric.replace(' ', '_')}", mean)
+            name, _, condition = metric.partition(" ")
+            rows.append({"variant": variant, "iteration": t, "metric": name, "condition": condition, "split": "test",
+                         "roleplayer": "roleplayer", "mean": mean, "sem": 0.1, "n": 192,
+                         "interval_95": [mean - 0.07, mean + 0.07]})
+    return rows
+
+
+@pytest.mark.parametrize("changed, failing", [
+    ({}, []),
+    ({"main_1_gold_log_prob_gain_q_experimental": 0.29}, [0, 6, 7]),     # then nothing is person-specific to compare with
+    ({"main_1_relevant_share": 0.59}, [1, 6, 7]),
+    ({"main_1_gold_log_prob_q_random": -8.9}, [2]),
+    ({"main_0_gold_log_prob_positive_control": -9.5}, [2]),
+    ({"main_1_win_rate": 0.59}, [3]),
+    ({"no_reg_1_question_share": 0.5}, [4]),
+    ({"no_reg_1_win_rate": 0.35}, [4]),
+    ({"gold_1_invented_facts": 0.1}, [5]),
+    ({"gold_1_win_rate": 0.7}, [5]),
+    ({"random_1_relevant_share": 0.51}, [6]),
+    ({"permuted_1_gold_log_prob_gain_q_random": -0.5}, [7]),
+])
+def test_each_finding_fails_when_its_figures_do(changed, failing):
+    found = report.findings(results_of(**changed))
+    assert len(found) == 8
+    assert [i for i, (_, holds, _) in enumerate(found) if not holds] == failing
+
+
+def test_report_leaves_out_what_was_not_run_and_reads_one_roleplayer():
+    rows = [row for row in results_of() if row["variant"] == "main"]
+    other = [{**row, "roleplayer": "roleplayer-terse", "mean": -99.0} for row in rows]
+    assert [holds for _, holds, _ in report.findings(rows + other)] == [True] * 4
+    assert report.sharpening(results_of()) == [(1, 0.7, 0.65)] and report.sharpening(rows) == []
+
+
+def test_means_over_seeds():
+    runs = [results_of(main_1_win_rate=rate) for rate in (0.6, 0.7, 0.8)]
+    row = next(row for row in report.over_seeds(runs) if (row["variant"], row["metric"]) == ("main", "win_rate"))
+    assert (row["mean"], row["sem"], row["n"]) == (pytest.approx(0.7), pytest.approx(0.1), 3)
+    assert report.over_seeds(runs[:1]) is runs[0]
+
+
+def test_report_of_two_runs(tmp_path):
+    task, persona = people(1)[0][2], people(1)[0][1]
+    text = world.persona_text(persona, random.Random(0))
+    for seed in "12":
+        run = tmp_path / seed
+        for folder, question in (("base", "What is your pet?"), ("main/1", "What is your job?")):
+            (run / folder / "test").mkdir(parents=True)
+            talk = [{"role": "assistant", "content": question}, {"role": "user", "content": "My pet is dog."}]
+            row = {"task_id": "t", "persona_id": "p", "sample": 0, "split": "test", "turns": 1}
+            (run / folder / "test.jsonl").write_text(json.dumps({**row, "conversation": talk}) + "\n")
+            (run / folder / "test/responses.jsonl").write_text(json.dumps({**row, "response": f"after {question}"}) + "\n")
+        (run / "tasks.jsonl").write_text(json.dumps({"task_id": "t", "split": "test", "task": task}) + "\n")
+        (run / "personas.jsonl").write_text(json.dumps(
+            {"persona_id": "p", "split": "test", "name": persona["name"], "persona": text}) + "\n")
+        (run / "results.jsonl").write_text("".join(json.dumps(row) + "\n" for row in results_of()))
+    command = [sys.executable, ROOT / "toy/report.py"]
+    done = subprocess.run([*command, tmp_path / "1", tmp_path / "2"], capture_output=True, text=True, check=True)
+    assert done.stdout.count("Does it hold in") == 2 and "NO " not in done.stdout and "over 2 seeds" in done.stdout
+    line = next(line for line in done.stdout.splitlines() if line.startswith("assistant: What is your pet?"))
+    assert line.index("assistant: What is your job?") == 60 and "[Q_1]" in done.stdout and text in done.stdout
+    (tmp_path / "1/results.jsonl").write_text("")
+    done = subprocess.run([*command, tmp_path / "1"], capture_output=True, text=True)
+    assert done.returncode == 2 and "no results of an iteration" in done.stderr and "Traceback" not in done.stderr
+
+
 # ---- the base
+
+def test_a_base_without_experts_never_sees_better_questions_than_random_ones():
+    rng, shares = random.Random(0), {}
+    for experts in (0, 0.2):
+        for name, mixture, floors, _ in pretrain.phases(experts):
+            asked = [world.question_slot(message["content"]) in world.relevant_slots(messages[0]["content"])
+                     for draw in mixture for messages in [draw(rng) for _ in range(300)]
+                     if re.search(r"\ba \w+ (?:" + "|".join(world.TOPICS) + r")\b", messages[0]["content"])
+                     for message in messages if message["role"] == "assistant" and "?" in message["content"]]
+            if asked:
+                shares[experts, name] = sum(asked) / len(asked)
+            assert experts or "relevant_share" not in floors
+    assert all(0.25 < share < 0.37 for (experts, _), share in shares.items() if experts == 0), shares
+    assert shares[0.2, "ask what matters"] > 0.7 and 0.37 < shares[0.2, "the base"] < 0.55, shares
+
 
 @pytest.fixture(scope="module")
 def base():

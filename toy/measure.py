@@ -8,7 +8,7 @@
 It reads conversations (simulate.py) and responses (evaluate.py), adds a row for each metric to the results file, and
 prints the toy's table:
 
-    python toy/measure.py --variant main --iteration 1 --roleplayer roleplayer --split test \\
+    python toy/measure.py --variant main --iteration 1 --split test \\
         --conversations runs/smoke/main/1/test.jsonl --responses runs/smoke/main/1/test/responses.jsonl \\
         --tasks runs/smoke/tasks.jsonl --personas runs/smoke/personas.jsonl --results runs/smoke/results.jsonl
 
@@ -26,7 +26,7 @@ import world
 sys.path.append(str(Path(__file__).resolve().parents[1]))  # the stages: appended, so that they shadow nothing
 from common import (by_pair, fail, known, mean_sem, read_conversations, read_personas, read_rows,  # noqa: E402
                     read_tasks, write_results)
-from evaluate import table  # noqa: E402
+from evaluate import roleplayer_label, table  # noqa: E402
 
 TITLES = {"relevant_share": "Questions about a fact that matters (share; mean over pairs, SEM)",
           "question_share": "Responses that are another question (share; mean over pairs, SEM)",
@@ -67,7 +67,7 @@ def parse_args():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--variant", default="main", help="main, no_reg, gold, base_answers, or a name of yours")
     parser.add_argument("--iteration", type=int, required=True, help="t; 0 is Q_BASE")
-    parser.add_argument("--roleplayer", default="roleplayer", help="label of the Roleplayer that answered")
+    parser.add_argument("--roleplayer", metavar="NAME", help="label; default: as --conversations' settings say")
     parser.add_argument("--split", default="test", help="of the tasks and personas")
     parser.add_argument("--conversations", required=True, help="Q_t's conversations on the split (JSONL)")
     parser.add_argument("--responses", required=True, help="the responses to them (JSONL)")
@@ -93,7 +93,7 @@ def main():
     for metric, pairs in measure(conversations, responses, tasks).items():
         mean, sem, n = mean_sem(list(pairs.values()))
         rows.append({"variant": args.variant, "iteration": args.iteration, "metric": metric, "condition": "",
-                     "roleplayer": args.roleplayer, "split": args.split, "mean": mean, "sem": sem, "n": n})
+                     "roleplayer": roleplayer_label(args), "split": args.split, "mean": mean, "sem": sem, "n": n})
     results = [row for row in write_results(args.results, rows) if row["split"] == args.split]
     for metric, title in TITLES.items():
         print(*table(results, metric, title), sep="\n")

@@ -1,0 +1,125 @@
+"""run.sh without the work: what it would start, in which order, with which flags. (tests/test_smoke.py runs it for real.)"""
+import os
+import subprocess
+import sys
+
+import pytest
+
+from conftest import ROOT
+
+RECORDER = """#!/bin/sh
+case "$1" in toy/server.py)                                       # says where it listens, and stays, as the real one does
+    while [ $# -gt 0 ]; do [ "$1" = --port-file ] && echo http://127.0.0.1:1/v1 > "$2"; shift; done
+    exec sleep 60 ;;
+esac
+printf '%s\\t' "$@" >> "$RECORD"; echo >> "$RECORD"
+"""
+
+
+@pytest.fixture
+def record(tmp_path):
+    """(mode, environment) -> the commands that `bash run.sh mode` starts: [(script, {flag: words})]."""
+    recorder = tmp_path / "bin/python"
+    recorder.parent.mkdir()
+    recorder.write_text(RECORDER)
+    recorder.chmod(0o755)
+    (tmp_path / "bin/accelerate").symlink_to(recorder)
+
+    def run(*mode, **more):
+        out = tmp_path / "record"
+        out.write_text("")
+        done = subprocess.run(["bash", "run.sh", *mode], cwd=ROOT, capture_output=True, text=True, timeout=60, env={
+            "PATH": f"{recorder.parent}:/usr/bin:/bin", "RECORD": str(out), "RUN": str(tmp_path / "r"), **more})
+        assert done.returncode == 0, done.stderr
+        commands = []
+        for line in out.read_text().splitlines():
+            words = line.rstrip("\t").split("\t")
+            script, *rest = words[words.index(next(word for word in words if word.endswith(".py"))):]
+            flags, flag = {"": []}, ""
+            for word in rest:
+                if word.startswith("--"):
+                    flag, flags[word] = word, []                   # of a repeated flag the last one counts
+                else:
+                    flags[flag].append(word)
+            commands.append((script, flags))
+        return commands
+    return run
+
+
+def of(commands, script, folder=""):
+    return [flags for name, flags in commands if name == script and folder in flags.get("--output", [""])[0]]
+
+
+def test_the_full_run(record, tmp_path):
+    commands = record()
+    run = str(tmp_path / "r")
+    assert [name for name, _ in commands[:3]] == ["toy/world.py", "generate_personas.py", "gold.py"]
+    assert commands[-1][0] == "toy/report.py"
+    for variant in ("main", "no_reg", "gold"):
+        models = of(commands, "train.py", f"/{variant}/")
+        assert [flags["--output"][0] for flags in models] == [f"{run}/{variant}/{t}/model" for t in (1, 2, 3)]
+        assert {flags["--base"][0] for flags in models} == {"toy/base"}, "every Q_t starts from Q_BASE"
+        assert {flags["--target"][0] for flags in models} == {{"main": "response", "no_reg": "none"}.get(variant, variant)}
+        # Q_{t-1} simulates and answers on A, B, A; iteration 1 is shared.
+        train = of(commands, "simulate.py", f"/{variant}/2/conv") + of(commands, "simulate.py", f"/{variant}/3/conv")
+        assert [(flags["--questioner"][0], flags["--split"][0]) for flags in train] == [
+            (f"{run}/{variant}/1/model", "B"), (f"{run}/{variant}/2/model", "A")]
+        selections = of(commands, "select.py", f"/{variant}/")
+        assert [flags["--questioner"][0] for flags in selections] == [f"{run}/{variant}/{t}/model" for t in (1, 2)]
+        assert all(("--no-response" in flags) == (variant != "main") and "--pick" not in flags for flags in selections)
+        assert [flags["--selected"][0] for flags in models] == [
+            f"{run}/base/selected.jsonl", *(f"{run}/{variant}/{t}/selected.jsonl" for t in (2, 3))]
+    assert {flags["--split"][0] for flags in of(commands, "simulate.py", "base/conversations")} == {"A"}
+    # Every evaluation but Q_BASE's is against Q_BASE with the same users.
+    for flags in of(commands, "evaluate.py"):
+        other = "other_user" in flags["--output"][0]
+        assert ("--baseline" in flags) == (flags["--iteration"] != ["0"])
+        if "--baseline" in flags:
+            assert flags["--baseline"] == [f"{run}/other_user/base/test" if other else f"{run}/base/test"]
+    answers = of(commands, "evaluate.py", "base_answers")
+    assert [flags["--conversations"][0] for flags in answers] == [f"{run}/main/{t}/test.jsonl" for t in (1, 2, 3)]
+    assert all(flags["--questioner"] == ["toy/base"] and flags["--metrics"] == ["win_rate"] for flags in answers)
+    others = of(commands, "simulate.py", "other_user")
+    assert [flags["--questioner"][0] for flags in others] == ["toy/base", *(f"{run}/main/{t}/model" for t in (1, 2, 3))]
+    assert all("roleplayer-terse" in flags["--roleplayer"][0] for flags in others)
+    assert len(of(commands, "evaluate.py")) == len(of(commands, "toy/measure.py", "")) == 1 + 3 * 3 + 3 + 4
+
+
+def test_the_controls_select_in_another_way(record, tmp_path):
+    commands = record(VARIANTS="main random permuted", ITERATIONS="2")
+    for control in ("random", "permuted"):
+        selections = of(commands, "select.py", f"/{control}/")
+        assert [flags["--pick"] for flags in selections] == [[control]] * 2
+        assert selections[0]["--conversations"] == [f"{tmp_path}/r/base/conversations.jsonl"]
+        assert [flags["--selected"] for flags in of(commands, "train.py", f"/{control}/")] == [
+            flags["--output"] for flags in selections]
+        assert all(flags["--target"] == ["response"] for flags in of(commands, "train.py", f"/{control}/"))
+    assert not any("--pick" in flags for flags in of(commands, "select.py", "/base/"))
+
+
+def test_the_papers_run(record):
+    commands = record("paper", ORACLE="openai:o", ROLEPLAYER="openai:r@http://h/v1")
+    assert {name for name, _ in commands} == {f"{name}.py" for name in ("generate_personas", "gold", "simulate", "select",
+                                                                         "train", "evaluate")}
+    assert all(flags["--samples"] == ["10"] and "--limit" not in flags for flags in of(commands, "simulate.py"))
+    for flag in ("--lr", "--epochs", "--batch-size", "--temperature", "--max-tokens"):
+        assert not any(flag in flags for _, flags in commands), f"{flag}: the stages' defaults are the paper's"
+
+
+def test_a_limit_holds_for_every_stage(record):
+    commands = record(LIMIT="5")
+    assert all(flags["--limit"] == ["5"] for name, flags in commands if name in ("simulate.py", "select.py", "gold.py"))
+    assert all(flags["--limit"] == ["224"] for flags in of(record(), "simulate.py", "conversations.jsonl"))
+
+
+def test_unknown_variants_and_splits_are_refused():
+    for mode, more in (("smoke", {"VARIANTS": "main no-reg"}), ("paper", {"SPLIT": "dev", "ORACLE": "x", "ROLEPLAYER": "y"})):
+        done = subprocess.run(["bash", "run.sh", mode], cwd=ROOT, capture_output=True, text=True, env={
+            **os.environ, "PATH": f"{os.path.dirname(sys.executable)}:/usr/bin:/bin", **more})
+        assert done.returncode == 2 and ("no variant no-reg" in done.stderr or "no task of split dev" in done.stderr)
+
+
+def test_usage():
+    done = subprocess.run(["bash", "run.sh", "help"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2 and "bash run.sh smoke" in done.stderr and "set -eo" not in done.stderr
+    assert "start it again with the same words" in done.stderr
