@@ -30,7 +30,7 @@ toy | smoke)                                    # the embedded world (toy/): its
         TRAIN_PAIRS=${LIMIT:-224}                    # of 28 x 28: many personas, so that no value is learned by heart
         SAMPLES=10
         TEST_SAMPLES=4
-        LEARN=(--lr 2e-3 --batch-size 8 --micro-batch-size 8 --epochs 5)
+        LEARN=(--lr 2e-3 --batch-size 8 --micro-batch-size 8 --epochs 3)
     else
         VARIANTS=${VARIANTS:-main no_reg}
         ITERATIONS=${ITERATIONS:-1}
