@@ -27,7 +27,7 @@ toy | smoke)                                    # the embedded world (toy/): its
         ITERATIONS=${ITERATIONS:-3}
         TASKS_PER_SPLIT=28
         PERSONA_SPLITS=A=28,B=28,dev=8,test=8   # 28 tasks x 8 personas = 224 pairs to evaluate on
-        TRAIN_PAIRS=${LIMIT:-224}                    # of 28 x 28: many personas, so that no value is learned by heart
+        TRAIN_PAIRS=${LIMIT:-224}               # of 28 x 28: many personas and few epochs, or it learns by heart
         SAMPLES=10
         TEST_SAMPLES=4
         LEARN=(--lr 2e-3 --batch-size 8 --micro-batch-size 8 --epochs 3)

@@ -109,7 +109,7 @@ def test_the_papers_run(record):
 def test_a_limit_holds_for_every_stage(record):
     commands = record(LIMIT="5")
     assert all(flags["--limit"] == ["5"] for name, flags in commands if name in ("simulate.py", "select.py", "gold.py"))
-    assert all(flags["--limit"] == ["448"] for flags in of(record(), "simulate.py", "conversations.jsonl"))
+    assert all(flags["--limit"] == ["224"] for flags in of(record(), "simulate.py", "conversations.jsonl"))
 
 
 def test_unknown_variants_and_splits_are_refused():
