@@ -1,7 +1,7 @@
 """Plumbing that the six stages share: rows on disk, seeds, chats, and the two kinds of model. No algorithm is in here.
 
     rows      read_rows, read_tasks, read_personas, read_gold, read_conversations, all_pairs, Rows, write_results
-    chats     response_form, prompt_ids, supervised_ids, scored_ids
+    chats     response_form, prompt_ids, training_examples, scored_ids
     models    open_model("mistralai/Mistral-7B-Instruct-v0.2")   a folder or hub name: Hugging Face, on this machine
               open_model("openai:gpt-5@https://my.server/v1")    any OpenAI-compatible server ("@URL" is optional)
 
@@ -457,26 +457,29 @@ def prompt_ids(tokenizer, chat):
     return tokenize(tokenizer, render(tokenizer, chat, ask=True))[0]
 
 
-def assistant_turns(tokenizer, chat):
-    """ids of a whole chat and, for each assistant turn, the token range (first, end of its text, end with its
-    end-of-turn token). Works on character spans, for every template: token prefixes would fail where a tokenizer
-    merges across the border of a turn, and nearly no real template marks its assistant turns."""
+class RewrittenHistory(ValueError):
+    """A chat template shows an assistant turn otherwise in the whole chat than when the turn was to be said."""
+
+
+def assistant_turns(tokenizer, chat, last_only=False):
+    """ids of a whole chat and, for each assistant turn (or the last alone), the token range (first, end of its text,
+    end with its end-of-turn token). Works on character spans, for every template: token prefixes would fail where a
+    tokenizer merges across the border of a turn, and nearly no real template marks its assistant turns."""
     chat = fold_system(chat)
     whole = render(tokenizer, chat)
     ids, spans = tokenize(tokenizer, whole)
     turns = []
-    for i, message in enumerate(chat):
-        if message["role"] != "assistant":
-            continue
+    for i in [i for i, message in enumerate(chat) if message["role"] == "assistant"][-1 if last_only else 0:]:
         before = render(tokenizer, chat[:i], ask=True).text
-        content = message["content"].strip()                    # half of the templates strip it
-        start = whole.text.find(content, len(before))
-        if not whole.text.startswith(before) or start < 0:
-            fail(f"{tokenizer.name_or_path}: its chat template rewrites earlier turns, so the assistant's turns cannot "
-                 "be found in the whole. Use a model whose template keeps them.")
+        # A turn's text begins where a mark in its place would stand: after a blank, or after an empty thought.
+        mark = next(chr(code) for code in range(0xFFFFD, 0xF0000, -1) if chr(code) not in whole.text)
+        start = render(tokenizer, [*chat[:i], {**chat[i], "content": mark}, *chat[i + 1:]]).text.find(mark)
+        content = chat[i]["content"].strip()                    # half of the templates strip it
+        stop = whole.text.find(content, start) + len(content)
+        if not whole.text.startswith(before) or start < len(before) or stop < start + len(content):
+            raise RewrittenHistory
         if not whole.text[len(before):start].strip():
             start = len(before)                                 # a blank before the text belongs to the turn
-        stop = whole.text.index(content, start) + len(content)
         first = next((t for t, (a, b) in enumerate(spans) if b > start), len(ids))
         end = next((t for t, (a, b) in enumerate(spans) if a >= stop and t >= first), len(ids))
         close = next((t for t in range(end, len(ids)) if whole.text[slice(*spans[t])].strip()), len(ids))
@@ -485,20 +488,39 @@ def assistant_turns(tokenizer, chat):
     return ids, turns
 
 
-def supervised_ids(tokenizer, chat):
-    """(ids, labels) of a training example: labels are the ids on every assistant turn with its end-of-turn token, and
-    -100 elsewhere. Both are lists of T integers."""
-    ids, turns = assistant_turns(tokenizer, chat)
+def supervised_ids(tokenizer, chat, last_only=False):
+    """(ids, labels) of a training example: labels are the ids on every assistant turn (or the last alone) with its
+    end-of-turn token, and -100 elsewhere. Both are lists of T integers."""
+    ids, turns = assistant_turns(tokenizer, chat, last_only)
     labels = [-100] * len(ids)
     for first, _, end in turns:
         labels[first:end] = ids[first:end]
     return ids, labels
 
 
+def training_examples(tokenizer, chat):
+    """[(ids, labels)] of a chat: one example with all assistant turns. Where a template rewrites what came before
+    (thinking models drop or add thoughts), an example for each turn, in the form in which the model meets it."""
+    try:
+        return [supervised_ids(tokenizer, chat)]
+    except RewrittenHistory:
+        turns = [i for i, message in enumerate(chat) if message["role"] == "assistant"]
+        return [last_turn(supervised_ids, tokenizer, chat[:i + 1]) for i in turns]
+
+
+def last_turn(function, tokenizer, chat):
+    """function(tokenizer, chat, last_only=True), or an end with a clear word where not even that turn can be found."""
+    try:
+        return function(tokenizer, chat, last_only=True)
+    except RewrittenHistory:
+        fail(f"{tokenizer.name_or_path}: its chat template invites the assistant to another beginning than it shows of "
+             "the answer, a thought perhaps. Use a template without one.")
+
+
 def scored_ids(tokenizer, chat):
     """(ids, n) for `score`: ids end with the last token of the last assistant turn's text, of which there are n; the
     end-of-turn token is not counted (the published run counted neither BOS nor EOS)."""
-    ids, turns = assistant_turns(tokenizer, chat)
+    ids, turns = last_turn(assistant_turns, tokenizer, chat)
     first, end, _ = turns[-1]
     return ids[:end], end - first
 
@@ -758,8 +780,8 @@ def load_tokenizer(path):
 def stop_ids(tokenizer, generation_config):
     """The ids that end an answer: the checkpoint's, the tokenizer's, and the chat template's end-of-turn token."""
     own = generation_config.eos_token_id
-    ids, ((_, end, close),) = assistant_turns(tokenizer, [{"role": "user", "content": "Hi"},
-                                                          {"role": "assistant", "content": "Hi"}])
+    ids, ((_, end, close),) = last_turn(assistant_turns, tokenizer, [{"role": "user", "content": "Hi"},
+                                                                     {"role": "assistant", "content": "Hi"}])
     return list(dict.fromkeys([tokenizer.eos_token_id, *(own if isinstance(own, list) else [own] if own is not None
                                                         else []), *ids[close - 1:close if close > end else 0]]))
 

@@ -32,7 +32,8 @@ import torch.nn.functional as F
 
 from common import (add_dtype_flag, claim, digest, fail, known, load_model, load_tokenizer, local_model, model_name,
                     not_negative, pair_of, positive, progress, read_conversations, read_gold, read_personas, read_tasks,
-                    response_form, sample_pairs, say, stage_parser, start_processes, supervised_ids)
+                    response_form, sample_pairs, say, stage_parser, start_processes,
+                    training_examples)
 
 
 def example_chat(name, task, conversation, response=None):
@@ -124,11 +125,11 @@ def read_examples(args, tokenizer):
                  "select.py without --no-response, or gold.py for that split.")
         else:
             chat = example_chat(persona["name"], task["task"], row["conversation"], target)
-            example = supervised_ids(tokenizer, chat)
-            if len(example[0]) <= args.max_length:
-                examples[pair].append(example)
-            else:
-                too_long += 1
+            for example in training_examples(tokenizer, chat):
+                if len(example[0]) <= args.max_length:
+                    examples[pair].append(example)
+                else:
+                    too_long += 1
     if not examples:
         fail(f"{args.selected}: no example to train on ({refused} refused, {too_long} above --max-length tokens). "
              "Select conversations first, or raise --max-length.")

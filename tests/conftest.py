@@ -16,7 +16,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, 
 from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM, PreTrainedTokenizerFast
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.append(str(ROOT))
+sys.path.insert(0, str(ROOT))
 torch.set_num_threads(1)
 
 # The turn marks of four families of models, written from their published formats: (template, special tokens, bos, eos).
@@ -44,8 +44,12 @@ END_OF_TURN = {"mistral": "</s>", "llama3": "<|eot_id|>", "gemma": "<end_of_turn
 
 
 def make_tokenizer(family):
-    """A byte-level tokenizer (one token a byte, no pad token) with the marks of a family."""
-    template, marks, bos, eos = TEMPLATES[family]
+    """A tokenizer with the template and the marks of a family."""
+    return build_tokenizer(*TEMPLATES[family])
+
+
+def build_tokenizer(template, marks, bos, eos):
+    """A byte-level tokenizer: one token a byte, and the special tokens; no pad token."""
     vocabulary = {letter: i for i, letter in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)

@@ -255,13 +255,40 @@ def test_broken_models_are_refused(tmp_path, capsys):
     assert "no model to load" in capsys.readouterr().err
 
 
-def test_a_template_that_rewrites_earlier_turns_is_refused(capsys):
+def test_a_template_that_rewrites_earlier_turns_gives_an_example_for_each():
     tokenizer = make_tokenizer("qwen")
-    tokenizer.chat_template = ("{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] if loop.last or "
-                               "m['role'] == 'user' else '...' }}<|im_end|>\n{% endfor %}")
-    with pytest.raises(SystemExit):
-        common.supervised_ids(tokenizer, CHAT)
-    assert "rewrites earlier turns" in capsys.readouterr().err
+    tokenizer.chat_template = (                                  # what the assistant said before is dropped
+        "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] if loop.last or m['role'] == 'user' else '...' "
+        "}}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
+    examples = common.training_examples(tokenizer, CHAT)
+    for (ids, labels), end in zip(examples, (2, 4), strict=True):
+        prompt = common.prompt_ids(tokenizer, CHAT[:end - 1])    # the turn stands where the model would have said it
+        said = tokenizer(CHAT[end - 1]["content"] + "<|im_end|>")["input_ids"]
+        assert ids[:len(prompt)] == prompt and labels == [-100] * len(prompt) + said + [-100]
+    assert "..." in tokenizer.decode(examples[1][0]) and CHAT[1]["content"] not in tokenizer.decode(examples[1][0])
+    ids, n = common.scored_ids(tokenizer, CHAT)
+    assert ids[:-n] == common.prompt_ids(tokenizer, CHAT[:3]) and tokenizer.decode(ids[-n:]) == CHAT[3]["content"]
+
+
+def test_an_empty_thought_is_no_part_of_the_answer():
+    tokenizer = make_tokenizer("qwen")
+    tokenizer.chat_template = (                                  # as Qwen3's: before the last answer alone
+        "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{% if loop.last and m['role'] == 'assistant' %}<think>\n\n"
+        "</think>\n\n{% endif %}{{ m['content'] }}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>"
+        "assistant\n{% endif %}")
+    for text in ("Try sencha.", "think", "t", ">"):              # some of which stand in the thought's marks, too
+        (ids, labels), = common.training_examples(tokenizer, [*CHAT[:3], {"role": "assistant", "content": text}])
+        assert tokenizer.decode([label for label in labels if label != -100]) == (
+            f"{CHAT[1]['content']}<|im_end|>{text}<|im_end|>")
+
+
+def test_a_template_that_begins_an_answer_otherwise_than_it_shows_it_is_refused(capsys):
+    tokenizer = make_tokenizer("qwen")
+    tokenizer.chat_template = tokenizer.chat_template.replace("assistant\n{% endif", "assistant\n<think>{% endif")
+    for function in (common.training_examples, common.scored_ids):
+        with pytest.raises(SystemExit):
+            function(tokenizer, CHAT)
+        assert "another beginning" in capsys.readouterr().err
 
 
 # ------------------------------------------------------------ servers

@@ -31,7 +31,7 @@ from pathlib import Path
 
 import world
 
-sys.path.append(str(Path(__file__).resolve().parents[1]))  # the stages: appended, so that they shadow nothing
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the stages; first, since PyPI has an "evaluate", too
 import evaluate  # noqa: E402
 import generate_personas  # noqa: E402
 import gold  # noqa: E402

@@ -1,0 +1,98 @@
+"""The numbers that matter, against implementations that are not ours: lm-evaluation-harness and TRL."""
+import random
+from importlib.util import find_spec
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import common
+import train
+from conftest import build_tokenizer, make_model, save_model
+
+TRL_TEMPLATES = Path(find_spec("trl").origin).parent / "chat_templates"     # of the real models, word for word
+MARKS = {  # template: (its special tokens, bos, eos)
+    "qwen3_instruct_2507": (["<|im_start|>", "<|im_end|>"], None, "<|im_end|>"),
+    "gemma": (["<start_of_turn>", "<end_of_turn>"], "<bos>", "<eos>"),
+    "llama3": (["<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"], "<|begin_of_text|>", "<|end_of_text|>"),
+}
+
+
+END = {"qwen3_instruct_2507": "<|im_end|>", "gemma": "<end_of_turn>", "llama3": "<|eot_id|>"}
+CPU = SimpleNamespace(device="cpu", process_index=0, num_processes=1)
+
+
+def conversations(count, seed=0):
+    """Training examples of the pipeline: figure 17's form with a response, of very different lengths."""
+    rng = random.Random(seed)
+
+    def text(most):
+        return "".join(rng.choice("abcdefgh ,.?é\n") for _ in range(rng.randint(1, most))).strip() or "x"
+
+    for _ in range(count):
+        talk = [{"role": role, "content": text(60)} for _ in range(rng.randint(0, 3)) for role in ("assistant", "user")]
+        yield train.example_chat("Ann", text(30), talk, text(120))
+
+
+@pytest.fixture(scope="module")
+def harness(tmp_path_factory):
+    """(our model, lm-evaluation-harness around the same weights)"""
+    from lm_eval.models.huggingface import HFLM
+    path = save_model(tmp_path_factory.mktemp("models") / "tiny")
+    ours = common.LocalModel(path, SimpleNamespace(dtype="float32", batch_size=8), CPU)
+    return ours, HFLM(pretrained=AutoModelForCausalLM.from_pretrained(path), add_bos_token=False, device="cpu",
+                      tokenizer=AutoTokenizer.from_pretrained(path), batch_size=1, max_length=4096)
+
+
+def test_log_probabilities_are_those_of_lm_evaluation_harness_on_the_same_ids(harness):
+    ours, theirs = harness
+    examples = [common.scored_ids(ours.tokenizer, chat) for chat in conversations(24)]
+    requests = [(("", ""), ids[:-n], ids[-n:]) for ids, n in examples]
+    expected = [log_prob for log_prob, _ in theirs._loglikelihood_tokens(requests, disable_tqdm=True)]
+    found = dict(ours.score(examples, tokens_per_batch=900))
+    assert [found[i] for i in range(24)] == pytest.approx(expected, rel=1e-5)
+    assert len({n for _, n in examples}) > 10 and min(expected) < -100
+
+
+def test_log_probabilities_are_those_of_lm_evaluation_harness_on_the_same_texts(harness):
+    """Their tokens, too: context and continuation as strings, as the chat template renders them."""
+    from lm_eval.api.instance import Instance
+    ours, theirs = harness
+    chats = list(conversations(12, seed=1))
+    texts = [(ours.tokenizer.apply_chat_template(chat[:-1], tokenize=False), " " + chat[-1]["content"]) for chat in chats]
+    expected = theirs.loglikelihood([Instance("loglikelihood", {}, pair, i) for i, pair in enumerate(texts)],
+                                    disable_tqdm=True)
+    found = dict(ours.score([common.scored_ids(ours.tokenizer, chat) for chat in chats], tokens_per_batch=900))
+    assert [found[i] for i in range(12)] == pytest.approx([log_prob for log_prob, _ in expected], rel=1e-5)
+
+
+@pytest.mark.parametrize("template", MARKS)
+def test_the_loss_and_its_mask_are_those_of_trl(template, tmp_path):
+    from datasets import Dataset
+    from trl import SFTConfig, SFTTrainer
+    tokenizer = build_tokenizer((TRL_TEMPLATES / f"{template}.jinja").read_text(), *MARKS[template])
+    tokenizer.pad_token = tokenizer.eos_token
+    model, chats = make_model(len(tokenizer)), list(conversations(6, seed=2))
+    examples = [common.supervised_ids(tokenizer, chat) for chat in chats]
+    config = SFTConfig(output_dir=str(tmp_path), assistant_only_loss=True, per_device_train_batch_size=6, max_length=None,
+                       report_to=[], use_cpu=True, bf16=False, gradient_checkpointing=False, shuffle_dataset=False)
+    trainer = SFTTrainer(model, config, processing_class=tokenizer,
+                         train_dataset=Dataset.from_list([{"messages": chat} for chat in chats]))
+    theirs = next(iter(trainer.get_train_dataloader()))
+    # TRL's training templates of Qwen and Gemma also train the line feed between two turns, which no model has to say.
+    end = tokenizer.convert_tokens_to_ids(END[template])
+    after_end = F.pad(theirs["labels"][:, :-1] == end, (1, 0))
+    between = after_end & (theirs["labels"] == tokenizer.encode("\n", add_special_tokens=False)[0])
+    assert between.any() == (template != "llama3")
+    theirs["labels"] = theirs["labels"].masked_fill(between, -100)
+
+    ids, mask, labels = train.collate(examples, tokenizer.pad_token_id)
+    order = [theirs["input_ids"].tolist().index(row) for row in ids.tolist()]
+    assert torch.equal(theirs["labels"][order], labels) and torch.equal(theirs["attention_mask"][order], mask)
+    supervised = (labels[:, 1:] != -100).sum()
+    with torch.no_grad():
+        ours = train.sum_loss(trainer.model, ids, mask, labels) / supervised
+        assert ours.item() == pytest.approx(trainer.compute_loss(trainer.model, theirs).item(), rel=1e-5)
