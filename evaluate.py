@@ -195,6 +195,12 @@ def parse_args():
     return args
 
 
+def read_responses(path):
+    """Yields the rows of responses.jsonl."""
+    fields = {"task_id": str, "persona_id": str, "sample": int, "turns": int, "response": str}
+    return read_rows(path, fields, ("task_id", "persona_id", "sample"))
+
+
 def settings_of(output):
     """The settings with which a stage wrote an output; {} for other people's files."""
     path = Path(f"{output}.settings.json")
@@ -202,7 +208,7 @@ def settings_of(output):
 
 
 def roleplayer_label(args):
-    """Who played the user in --conversations: --roleplayer, or what their settings say, a folder without fingerprint."""
+    """Who played the user in --conversations: --roleplayer, or what their settings say (of a folder, its name)."""
     name = args.roleplayer or settings_of(args.conversations).get("roleplayer") or fail(
         f"--roleplayer: {args.conversations}.settings.json is not there to say who played the user. Give a name.")
     return re.sub(r" \(\w{12}\)$", "", name)
@@ -356,8 +362,7 @@ def responses(e):
 def verdicts(e, ours):
     """Asks the judge about our responses and Q_BASE's; writes verdicts.jsonl; returns the win rate."""
     args = e.args
-    base = {pair_of(row): row["response"] for row in read_rows(f"{args.baseline}/responses.jsonl", {
-        "task_id": str, "persona_id": str, "sample": int, "response": str}, ("task_id", "persona_id", "sample"))}
+    base = {pair_of(row): row["response"] for row in read_responses(f"{args.baseline}/responses.jsonl")}
     pairs = [pair for pair in ours if pair in base]
     e.left_out["pairs without a response of Q_BASE"] = len(ours) - len(pairs)
     rows = Rows(f"{args.output}/verdicts.jsonl", ("task_id", "persona_id"), {

@@ -1,14 +1,15 @@
 #!/usr/bin/env bash
 # STaR-GATE, from nothing to the tables (Algorithm 1).
 #
-#   bash run.sh           three iterations, the ablations and the controls in the embedded world: two CPU cores, no key
+#   bash run.sh           three iterations and the ablations in the embedded world: two CPU cores, no key, no GPU
 #   bash run.sh smoke     every step once: one iteration, under two minutes
 #   bash run.sh paper     the published settings: needs GPUs, servers and an API key; read the variables below first
 #
 #   RUN=folder   where the output goes            SEED=n            of all randomness
-#   SPLIT=dev    evaluate on another split        VARIANTS=main     only these variants (see the end of this file)
+#   SPLIT=dev    evaluate on another split        ITERATIONS=n      of expert iteration
+#   VARIANTS="main base_answers other_user no_reg gold random permuted"        which; README's "The ablations" says what
 #   LIMIT=n      a seeded sample of n (task, persona) pairs of each split: a trial before a large run
-#   BASE=folder  another Q_BASE                   ITERATIONS=n      of expert iteration
+#   BASE=folder  another Q_BASE
 #   SIMULATE_FLAGS, SELECT_FLAGS, TRAIN_FLAGS, EVALUATE_FLAGS     more flags for these stages
 #
 # A run that was interrupted goes on where it stopped: start it again with the same words.
@@ -19,6 +20,11 @@ MODE=${1:-toy}
 RUN=${RUN:-runs/$MODE${LIMIT:+-$LIMIT}}          # a trial has a folder of its own: a model is not prolonged
 SEED=${SEED:-42}
 SPLIT=${SPLIT:-test}
+
+refuse() {
+    echo "run.sh: $*" >&2
+    exit 2
+}
 
 case $MODE in
 toy | smoke)                                    # the embedded world (toy/): its users, Oracle and judge answer by rule
@@ -41,25 +47,7 @@ toy | smoke)                                    # the embedded world (toy/): its
         TEST_SAMPLES=8
         LEARN=(--lr 2e-3 --batch-size 8 --micro-batch-size 8 --epochs 8)
     fi
-    GOLD_SPLITS="A B"
-    mkdir -p "$RUN"
-    rm -f "$RUN/server.url"
-    python toy/server.py --port 0 --port-file "$RUN/server.url" --end-with-parent &
-    server=$!
-    trap 'kill $server 2>/dev/null || true' EXIT
-    trap 'exit 130' INT TERM
-    until [ -s "$RUN/server.url" ]; do kill -0 $server; sleep 0.1; done
-    url=$(cat "$RUN/server.url")
-    python toy/world.py --output "$RUN/tasks.jsonl" --tasks-per-split $TASKS_PER_SPLIT
-
     BASE=${BASE:-toy/base}
-    WRITER=openai:persona-writer@$url
-    ORACLE=openai:oracle@$url
-    ROLEPLAYER=openai:roleplayer@$url
-    OTHER_ROLEPLAYER=openai:roleplayer-terse@$url
-    JUDGE=openai:judge@$url
-    EXTRA="{}"
-    TASKS=$RUN/tasks.jsonl
     LAUNCH=python
     LAUNCH_TRAINING=python
     MODEL=(--dtype float32)
@@ -90,7 +78,6 @@ paper)                                          # the published run's settings a
     OTHER_ROLEPLAYER=${OTHER_ROLEPLAYER:-mistralai/Mistral-7B-Instruct-v0.2}    # for VARIANTS=other_user
     TASKS=${TASKS:-data/tasks.jsonl}
     PERSONA_SPLITS=${PERSONA_SPLITS:-A=50,B=50,test=10}
-    GOLD_SPLITS="A B"
     SAMPLES=10
     TEST_SAMPLES=10
     # simulate, select and evaluate keep a copy of the model on each GPU; train deals one model's weights, gradients and
@@ -98,22 +85,48 @@ paper)                                          # the published run's settings a
     LAUNCH=${LAUNCH:-accelerate launch --config_file configs/ddp.yaml}
     LAUNCH_TRAINING=${LAUNCH_TRAINING:-accelerate launch --config_file configs/fsdp.yaml}
     SIMULATE_FLAGS=${SIMULATE_FLAGS:---system fold}                 # Mixtral's chat template knows no system role
-    grep -q "\"split\": \"$SPLIT\"" "$TASKS" || { echo "run.sh: no task of split $SPLIT in $TASKS" >&2; exit 2; }
+    grep -q "\"split\": \"$SPLIT\"" "$TASKS" || refuse "no task of split $SPLIT in $TASKS"
     ;;
 *)
-    sed -n '2,14s/^# \{0,1\}//p' "$0" >&2
+    sed -n '2,15s/^# \{0,1\}//p' "$0" >&2
     exit 2
     ;;
 esac
 
+case $ITERATIONS in
+'' | *[!0-9]* | 0*) refuse "ITERATIONS=$ITERATIONS is not a whole number above 0" ;;
+esac
 for variant in $VARIANTS; do
     case $variant in
-    main | no_reg | gold | base_answers | other_user | random | permuted) ;;
+    main | no_reg | gold | random | permuted) ;;
+    base_answers | other_user)                  # they need main's models; and the tables tell users apart by name alone
+        [[ " ${VARIANTS%%"$variant"*} " = *" main "* || -d $RUN/main ]] || refuse "VARIANTS: $variant comes after main"
+        [ "$MODE" != paper ] || [ "${OTHER_ROLEPLAYER%@http*}" != "${ROLEPLAYER%@http*}" ] ||
+            refuse "OTHER_ROLEPLAYER is the same model as ROLEPLAYER" ;;
     *)
-        echo "run.sh: no variant $variant; see the loop at its end: main no_reg gold base_answers ..." >&2
-        exit 2 ;;
+        refuse "no variant $variant; there are: main base_answers other_user no_reg gold random permuted" ;;
     esac
 done
+
+if [ "$MODE" != paper ]; then
+    mkdir -p "$RUN"
+    rm -f "$RUN/server.url"
+    python toy/server.py --port 0 --port-file "$RUN/server.url" --end-with-parent &
+    server=$!
+    trap 'kill $server 2>/dev/null || true' EXIT
+    trap 'exit 130' INT TERM
+    until [ -s "$RUN/server.url" ]; do kill -0 $server; sleep 0.1; done
+    url=$(cat "$RUN/server.url")
+    python toy/world.py --output "$RUN/tasks.jsonl" --tasks-per-split $TASKS_PER_SPLIT
+
+    WRITER=openai:persona-writer@$url
+    ORACLE=openai:oracle@$url
+    ROLEPLAYER=openai:roleplayer@$url
+    OTHER_ROLEPLAYER=openai:roleplayer-terse@$url
+    JUDGE=openai:judge@$url
+    EXTRA="{}"
+    TASKS=$RUN/tasks.jsonl
+fi
 
 DATA=(--tasks "$TASKS" --personas "$RUN/personas.jsonl" --seed "$SEED" ${LIMIT:+--limit "$LIMIT"})
 GOLD=(--gold "$RUN/gold.jsonl" --base "$BASE")
@@ -144,7 +157,7 @@ evaluate() {
 # expert_iteration VARIANT: Algorithm 1, lines 2 to 7, with an evaluation of each Q_t
 expert_iteration() {
     questioner=$BASE                            # Q_0 is Q_BASE
-    for t in $(seq "$ITERATIONS"); do           # line 2
+    for ((t = 1; t <= ITERATIONS; t++)); do     # line 2
         split=A
         [ $((t % 2)) = 1 ] || split=B           # A, B, A
         here=$RUN/$1/$t
@@ -181,7 +194,7 @@ expert_iteration() {
 # Line 1, the input: personas U and gold responses G. (The tasks T are there.)
 python generate_personas.py --model "$WRITER" --extra "$EXTRA" --splits $PERSONA_SPLITS --seed "$SEED" \
     --output "$RUN/personas.jsonl"
-python gold.py "${DATA[@]}" --oracle "$ORACLE" --extra "$EXTRA" --split $GOLD_SPLITS "$SPLIT" --output "$RUN/gold.jsonl"
+python gold.py "${DATA[@]}" --oracle "$ORACLE" --extra "$EXTRA" --split A B "$SPLIT" --output "$RUN/gold.jsonl"
 
 test_talk "$BASE" "$ROLEPLAYER" "$RUN/base"
 evaluate main 0 "$BASE" "$RUN/base" "$RUN/base"
@@ -189,14 +202,14 @@ evaluate main 0 "$BASE" "$RUN/base" "$RUN/base"
 for variant in $VARIANTS; do
     case $variant in
     base_answers)                               # Q_BASE answers on Q_t's conversations: what the questions alone gain
-        for t in $(seq "$ITERATIONS"); do
+        for ((t = 1; t <= ITERATIONS; t++)); do
             evaluate base_answers "$t" "$BASE" "$RUN/main/$t" "$RUN/base_answers/$t" --metrics win_rate \
                 "${JUDGED[@]}" "$RUN/base/$SPLIT"
         done ;;
     other_user)                                 # at test time somebody answers with whom nobody has trained
         test_talk "$BASE" "$OTHER_ROLEPLAYER" "$RUN/other_user/base"
         evaluate main 0 "$BASE" "$RUN/other_user/base" "$RUN/other_user/base"
-        for t in $(seq "$ITERATIONS"); do
+        for ((t = 1; t <= ITERATIONS; t++)); do
             test_talk "$RUN/main/$t/model" "$OTHER_ROLEPLAYER" "$RUN/other_user/$t"
             evaluate main "$t" "$RUN/main/$t/model" "$RUN/other_user/$t" "$RUN/other_user/$t" \
                 "${JUDGED[@]}" "$RUN/other_user/base/$SPLIT"

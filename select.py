@@ -137,7 +137,10 @@ def read_inputs(args):
             rows.append(row)
     pairs = set(sample_pairs(sorted(set(map(pair_of, rows))), args.limit, args.seed))
     rows = sorted((row for row in rows if pair_of(row) in pairs), key=key_of)
-    left_out = f"{refused} refused conversations, {len(no_gold)} pairs without a gold response"
+    whose = "another persona's gold response" if args.pick == "permuted" else "a gold response"
+    if no_gold and not rows:
+        fail(f"{args.gold}: no pair has {whose}. Write the golds of more pairs (gold.py with a larger --limit).")
+    left_out = f"{refused} refused conversations, {len(no_gold)} pairs without {whose}"
     return tasks, personas, golds, rows, left_out
 
 

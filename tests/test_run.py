@@ -70,19 +70,29 @@ def test_the_full_run(record, tmp_path):
         assert [flags["--selected"][0] for flags in models] == [
             f"{run}/base/selected.jsonl", *(f"{run}/{variant}/{t}/selected.jsonl" for t in (2, 3))]
     assert {flags["--split"][0] for flags in of(commands, "simulate.py", "base/conversations")} == {"A"}
-    # Every evaluation but Q_BASE's is against Q_BASE with the same users.
-    for flags in of(commands, "evaluate.py"):
-        other = "other_user" in flags["--output"][0]
-        assert ("--baseline" in flags) == (flags["--iteration"] != ["0"])
-        if "--baseline" in flags:
-            assert flags["--baseline"] == [f"{run}/other_user/base/test" if other else f"{run}/base/test"]
-    answers = of(commands, "evaluate.py", "base_answers")
-    assert [flags["--conversations"][0] for flags in answers] == [f"{run}/main/{t}/test.jsonl" for t in (1, 2, 3)]
-    assert all(flags["--questioner"] == ["toy/base"] and flags["--metrics"] == ["win_rate"] for flags in answers)
-    others = of(commands, "simulate.py", "other_user")
-    assert [flags["--questioner"][0] for flags in others] == ["toy/base", *(f"{run}/main/{t}/model" for t in (1, 2, 3))]
-    assert all("roleplayer-terse" in flags["--roleplayer"][0] for flags in others)
-    assert len(of(commands, "evaluate.py")) == len(of(commands, "toy/measure.py", "")) == 1 + 3 * 3 + 3 + 4
+    # (variant, iteration, who answers, on which conversations, into which folder, against which answers of Q_BASE)
+    base, models = "toy/base", {(v, t): f"{run}/{v}/{t}/model" for v in ("main", "no_reg", "gold") for t in (1, 2, 3)}
+    own = [(v, t, model, f"{run}/{v}/{t}/test.jsonl", f"{run}/{v}/{t}/test", f"{run}/base/test")
+           for (v, t), model in models.items()]
+    expected = [
+        ("main", 0, base, f"{run}/base/test.jsonl", f"{run}/base/test", None), *own[:3],
+        *[("base_answers", t, base, f"{run}/main/{t}/test.jsonl", f"{run}/base_answers/{t}/test", f"{run}/base/test")
+          for t in (1, 2, 3)],
+        ("main", 0, base, f"{run}/other_user/base/test.jsonl", f"{run}/other_user/base/test", None),
+        *[("main", t, models["main", t], f"{run}/other_user/{t}/test.jsonl", f"{run}/other_user/{t}/test",
+           f"{run}/other_user/base/test") for t in (1, 2, 3)], *own[3:]]
+    assert [(flags["--variant"][0], int(flags["--iteration"][0]), flags["--questioner"][0], flags["--conversations"][0],
+             flags["--output"][0], flags.get("--baseline", [None])[0]) for flags in of(commands, "evaluate.py")] == expected
+    assert [(flags["--variant"][0], int(flags["--iteration"][0]), flags["--conversations"][0], flags["--responses"][0])
+            for flags in of(commands, "toy/measure.py")] == [
+        (variant, t, talk, f"{folder}/responses.jsonl") for variant, t, _, talk, folder, _ in expected]
+    assert [flags["--metrics"] for flags in of(commands, "evaluate.py") if "--metrics" in flags] == [["win_rate"]] * 3
+    # Each of those conversations is its own Questioner's with the right user.
+    talks = {flags["--output"][0]: (flags["--questioner"][0], flags["--roleplayer"][0].split("@")[0])
+             for flags in of(commands, "simulate.py") if flags["--split"] == ["test"]}
+    assert talks == {talk: (models["main", t] if variant == "base_answers" else model,
+                            "openai:roleplayer-terse" if "other_user" in talk else "openai:roleplayer")
+                     for variant, t, model, talk, *_ in expected}
 
 
 def test_the_controls_select_in_another_way(record, tmp_path):
@@ -112,11 +122,17 @@ def test_a_limit_holds_for_every_stage(record):
     assert all(flags["--limit"] == ["224"] for flags in of(record(), "simulate.py", "conversations.jsonl"))
 
 
-def test_unknown_variants_and_splits_are_refused():
-    for mode, more in (("smoke", {"VARIANTS": "main no-reg"}), ("paper", {"SPLIT": "dev", "ORACLE": "x", "ROLEPLAYER": "y"})):
-        done = subprocess.run(["bash", "run.sh", mode], cwd=ROOT, capture_output=True, text=True, env={
-            **os.environ, "PATH": f"{os.path.dirname(sys.executable)}:/usr/bin:/bin", **more})
-        assert done.returncode == 2 and ("no variant no-reg" in done.stderr or "no task of split dev" in done.stderr)
+@pytest.mark.parametrize("mode, more, said", [
+    ("smoke", {"VARIANTS": "main no-reg"}, "no variant no-reg"), ("toy", {"VARIANTS": "base_answers main"}, "comes after main"),
+    ("toy", {"ITERATIONS": "0"}, "not a whole number above 0"), ("toy", {"ITERATIONS": "two"}, "not a whole number above 0"),
+    ("paper", {"SPLIT": "dev", "ORACLE": "x", "ROLEPLAYER": "y"}, "no task of split dev"),
+    ("paper", {"ORACLE": "x", "ROLEPLAYER": "openai:y@http://a/v1", "OTHER_ROLEPLAYER": "openai:y@http://b/v1",
+               "VARIANTS": "main other_user"}, "same model as ROLEPLAYER")])
+def test_what_cannot_run_is_refused_before_anything_starts(mode, more, said, tmp_path):
+    done = subprocess.run(["bash", "run.sh", mode], cwd=ROOT, capture_output=True, text=True, env={
+        "PATH": f"{os.path.dirname(sys.executable)}:/usr/bin:/bin", "RUN": str(tmp_path / "r"), **more})
+    assert done.returncode == 2 and said in done.stderr and len(done.stderr.splitlines()) == 1
+    assert not (tmp_path / "r").exists()
 
 
 def test_usage():

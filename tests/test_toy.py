@@ -261,6 +261,9 @@ def test_measure_by_hand(tmp_path):
     for name, rows in paths.items():
         (tmp_path / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
         command += [f"--{name}", tmp_path / name]
+    done = subprocess.run([*command, "--results", tmp_path / "results"], capture_output=True, text=True)
+    assert done.returncode == 2 and "Give a name" in done.stderr and not (tmp_path / "results").exists()
+    (tmp_path / "conversations.settings.json").write_text('{"roleplayer": "roleplayer (0123456789ab)"}')
     for _ in range(2):  # a rerun replaces its rows
         subprocess.run([*command, "--results", tmp_path / "results"], check=True)
     found = {row["metric"]: row for row in map(json.loads, (tmp_path / "results").read_text().splitlines())}
@@ -276,41 +279,55 @@ def test_measure_by_hand(tmp_path):
 # ---- the report
 
 def results_of(**changed):
-    """Rows of results.jsonl of one iteration in which all findings hold, but for what `changed` says."""
+    """Rows of results.jsonl of two iterations in which all findings hold, but for what `changed` says."""
     values = {
-        ("main", 0): {"relevant_share": 0.4, "gold_log_prob positive_control": -1.0, "gold_log_prob q_experimental": -14.0},
-        ("main", 1): {"relevant_share": 0.8, "win_rate": 0.7, "invented_facts": 0.1, "question_share": 0.0,
+        ("main", 0): {"relevant_share": 0.4, "gold_log_prob positive_control": -1.0},
+        ("main", 1): {"relevant_share": 0.5, "win_rate": 0.62, "invented_facts": 0.1, "question_share": 0.0,
+                      "gold_log_prob q_experimental": -11.0, "gold_log_prob q_random": -19.0,
+                      "gold_log_prob_gain q_experimental": 0.2, "gold_log_prob_gain q_random": -0.5},
+        ("main", 2): {"relevant_share": 0.8, "win_rate": 0.7, "invented_facts": 0.2, "question_share": 0.0,
                       "gold_log_prob q_experimental": -9.0, "gold_log_prob q_random": -20.0,
                       "gold_log_prob_gain q_experimental": 5.0, "gold_log_prob_gain q_random": -1.0},
-        ("no_reg", 1): {"win_rate": 0.2, "question_share": 0.9},
-        ("gold", 1): {"win_rate": 0.45, "invented_facts": 1.0},
-        ("base_answers", 1): {"win_rate": 0.65},
-        **{(control, 1): {"relevant_share": 0.45, "win_rate": 0.5, "gold_log_prob_gain q_experimental": 1.0,
-                          "gold_log_prob_gain q_random": 0.5} for control in ("random", "permuted")}}
+        ("no_reg", 1): {"win_rate": 0.2, "question_share": 0.9}, ("no_reg", 2): {"win_rate": 0.3, "question_share": 0.8},
+        ("gold", 1): {"win_rate": 0.45, "invented_facts": 1.0}, ("gold", 2): {"win_rate": 0.5, "invented_facts": 1.2},
+        ("base_answers", 1): {"win_rate": 0.6}, ("base_answers", 2): {"win_rate": 0.65}}
+    for control in ("random", "permuted"):
+        values[control, 1] = {"relevant_share": 0.7, "win_rate": 0.5}
+        values[control, 2] = {"relevant_share": 0.45, "win_rate": 0.5, "gold_log_prob_gain q_experimental": 1.0,
+                              "gold_log_prob_gain q_random": 0.5}
     rows = []
     for (variant, t), metrics in values.items():
         for metric, mean in metrics.items():
             mean = changed.get(f"{variant}_{t}_{metric.replace(' ', '_')}", mean)
             name, _, condition = metric.partition(" ")
             rows.append({"variant": variant, "iteration": t, "metric": name, "condition": condition, "split": "test",
-                         "roleplayer": "roleplayer", "mean": mean, "sem": 0.1, "n": 192,
-                         "interval_95": [mean - 0.07, mean + 0.07]})
+                         "roleplayer": "roleplayer", "mean": mean, "sem": 0.01, "n": 192,
+                         "sem_two_way": changed.get("sem", 0.1 if "log_prob" in name else 0.03)})
     return rows
 
 
 @pytest.mark.parametrize("changed, failing", [
     ({}, []),
-    ({"main_1_gold_log_prob_gain_q_experimental": 0.29}, [0, 6, 7]),     # then nothing is person-specific to compare with
-    ({"main_1_relevant_share": 0.59}, [1, 6, 7]),
-    ({"main_1_gold_log_prob_q_random": -8.9}, [2]),
+    ({"main_2_gold_log_prob_gain_q_experimental": 0.29}, [0, 6, 7]),       # then there is little to compare controls with
+    ({"main_2_relevant_share": 0.59}, [1, 6, 7]),
+    ({"main_1_gold_log_prob_q_random": -10.9}, [2]),
+    ({"main_2_gold_log_prob_q_random": -8.9}, [2]),
     ({"main_0_gold_log_prob_positive_control": -9.5}, [2]),
-    ({"main_1_win_rate": 0.59}, [3]),
+    ({"main_2_win_rate": 0.59, "main_1_win_rate": 0.599}, [3]),
+    ({"sem": 0.11}, [3]),                                                  # .7 - 1.96 x .11 is below one half
+    ({"main_1_win_rate": 0.71, "main_2_win_rate": 0.55}, []),              # the best t counts
     ({"no_reg_1_question_share": 0.5}, [4]),
+    ({"no_reg_2_question_share": 0.5}, [4]),
     ({"no_reg_1_win_rate": 0.35}, [4]),
+    ({"no_reg_2_win_rate": 0.35}, [4]),
     ({"gold_1_invented_facts": 0.1}, [5]),
-    ({"gold_1_win_rate": 0.7}, [5]),
-    ({"random_1_relevant_share": 0.51}, [6]),
-    ({"permuted_1_gold_log_prob_gain_q_random": -0.5}, [7]),
+    ({"gold_2_invented_facts": 0.2}, [5]),
+    ({"gold_1_win_rate": 0.62}, [5]),
+    ({"gold_2_win_rate": 0.7}, [5]),
+    ({"random_2_relevant_share": 0.51}, [6]),
+    ({"permuted_2_gold_log_prob_gain_q_random": -0.51}, [7]),
+    # main has learned nothing: controls that did worse prove nothing
+    ({"main_2_relevant_share": 0.38, "random_2_relevant_share": 0.2, "permuted_2_relevant_share": 0.2}, [1, 6, 7]),
 ])
 def test_each_finding_fails_when_its_figures_do(changed, failing):
     found = report.findings(results_of(**changed))
@@ -320,14 +337,26 @@ def test_each_finding_fails_when_its_figures_do(changed, failing):
 
 def test_report_leaves_out_what_was_not_run_and_reads_one_roleplayer():
     rows = [row for row in results_of() if row["variant"] == "main"]
-    other = [{**row, "roleplayer": "roleplayer-terse", "mean": -99.0} for row in rows]
+    other = [{**row, "roleplayer": "roleplayer-terse", "mean": -99.0} for row in results_of()]
     assert [holds for _, holds, _ in report.findings(rows + other)] == [True] * 4
-    assert report.sharpening(results_of()) == [(1, 0.7, 0.65)] and report.sharpening(rows) == []
+    assert report.sharpening(results_of() + other) == [(1, 0.62, 0.6), (2, 0.7, 0.65)] and report.sharpening(rows) == []
+    assert report.findings([]) == report.findings(other) == []
+
+
+def test_a_run_that_was_interrupted_is_reported_as_far_as_it_went():
+    whole = results_of()
+    for row in whole:                                              # whatever is missing, there is no traceback
+        report.findings([other for other in whole if other is not row])
+    part = [row for row in whole if row["variant"] != "no_reg" or row["iteration"] < 2]
+    assert [holds for _, holds, _ in report.findings(part)] == [True] * 4 + [None] + [True] * 3
+    single = [{**row, "sem": None, "sem_two_way": None} for row in whole]
+    assert [holds for _, holds, _ in report.findings(single)][0] is None
 
 
 def test_means_over_seeds():
     runs = [results_of(main_1_win_rate=rate) for rate in (0.6, 0.7, 0.8)]
-    row = next(row for row in report.over_seeds(runs) if (row["variant"], row["metric"]) == ("main", "win_rate"))
+    rows = {(row["variant"], row["iteration"], row["metric"]): row for row in report.over_seeds(runs)}
+    row = rows["main", 1, "win_rate"]
     assert (row["mean"], row["sem"], row["n"]) == (pytest.approx(0.7), pytest.approx(0.1), 3)
     assert report.over_seeds(runs[:1]) is runs[0]
 
@@ -342,11 +371,14 @@ def test_report_of_two_runs(tmp_path):
             talk = [{"role": "assistant", "content": question}, {"role": "user", "content": "My pet is dog."}]
             row = {"task_id": "t", "persona_id": "p", "sample": 0, "split": "test", "turns": 1}
             (run / folder / "test.jsonl").write_text(json.dumps({**row, "conversation": talk}) + "\n")
+            (run / folder / "test/verdicts.jsonl").write_text("")
             (run / folder / "test/responses.jsonl").write_text(json.dumps({**row, "response": f"after {question}"}) + "\n")
         (run / "tasks.jsonl").write_text(json.dumps({"task_id": "t", "split": "test", "task": task}) + "\n")
         (run / "personas.jsonl").write_text(json.dumps(
             {"persona_id": "p", "split": "test", "name": persona["name"], "persona": text}) + "\n")
         (run / "results.jsonl").write_text("".join(json.dumps(row) + "\n" for row in results_of()))
+        (run / "main/2/test").mkdir(parents=True)                  # an evaluation that was interrupted
+        (run / "main/1.old").mkdir()
     command = [sys.executable, ROOT / "toy/report.py"]
     done = subprocess.run([*command, tmp_path / "1", tmp_path / "2"], capture_output=True, text=True, check=True)
     assert done.stdout.count("Does it hold in") == 2 and "NO " not in done.stdout and "over 2 seeds" in done.stdout

@@ -23,10 +23,10 @@ from pathlib import Path
 
 import world
 
-sys.path.append(str(Path(__file__).resolve().parents[1]))  # the stages: appended, so that they shadow nothing
-from common import (by_pair, fail, known, mean_sem, read_conversations, read_personas, read_rows,  # noqa: E402
-                    read_tasks, write_results)
-from evaluate import roleplayer_label, table  # noqa: E402
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the stages; first, since PyPI has an "evaluate", too
+from common import (by_pair, fail, known, mean_sem, read_conversations, read_personas, read_tasks,  # noqa: E402
+                    write_results)
+from evaluate import read_responses, roleplayer_label, table  # noqa: E402
 
 TITLES = {"relevant_share": "Questions about a fact that matters (share; mean over pairs, SEM)",
           "question_share": "Responses that are another question (share; mean over pairs, SEM)",
@@ -83,8 +83,7 @@ def main():
     conversations = [row for row in read_conversations(args.conversations)
                      if known(row, tasks, personas, args.conversations)[0]["split"] == args.split
                      and "refused" not in row]
-    fields = {"task_id": str, "persona_id": str, "sample": int, "response": str}
-    responses = [row for row in read_rows(args.responses, fields, ("task_id", "persona_id", "sample"))
+    responses = [row for row in read_responses(args.responses)
                  if known(row, tasks, personas, args.responses)[0]["split"] == args.split and "refused" not in row]
     asked = {(row["task_id"], row["persona_id"], row["sample"]) for row in conversations}
     if any((row["task_id"], row["persona_id"], row["sample"]) not in asked for row in responses):

@@ -15,8 +15,8 @@ The latent skill: in the real mixture a fifth of the interviewers are experts, w
 random. The base imitates the crowd, so most of its questions are poor, but it can ask good ones: expert iteration
 has something to amplify. `--experts 0` makes the control, a base that has never met an expert in any phase.
 
-What training on questions alone undoes: a task that stands alone is met with a response in a third of the documents, with
-a question in the others; and a third of the dialogues go on with one more question although a response is due.
+What training on questions alone undoes: a task that stands alone is met with a response in a third of the documents,
+with a question in the others; and a third of the dialogues go on with one more question although a response is due.
 """
 import argparse
 import json
@@ -33,7 +33,7 @@ from transformers import MistralConfig, MistralForCausalLM, PreTrainedTokenizerF
 
 import world
 
-sys.path.append(str(Path(__file__).resolve().parents[1]))  # the stages: appended, so that they shadow nothing
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the stages; first, since PyPI has an "evaluate", too
 import common  # noqa: E402
 import simulate  # noqa: E402
 
@@ -228,7 +228,7 @@ def step(model, optimizer, batch, rate):
 
 @torch.inference_mode()
 def generate(model, tokenizer, conversations, sample, length=64):
-    """Conversations that end with a user turn -> the assistant's texts; sampled as in simulate.py, or greedy."""
+    """Conversations that end with a user turn -> the assistant's texts, sampled at the paper's settings or greedy."""
     batch = tokenizer.apply_chat_template(conversations, return_dict=True, padding=True, return_tensors="pt")
     how = dict(do_sample=True, temperature=0.9, top_p=0.9, top_k=0) if sample else dict(do_sample=False)
     ids = model.generate(**batch, max_new_tokens=length, **how)[:, batch["input_ids"].shape[1]:]
