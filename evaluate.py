@@ -207,10 +207,10 @@ def settings_of(output):
     return json.loads(path.read_text()) if path.exists() else {}
 
 
-def roleplayer_label(args):
-    """Who played the user in --conversations: --roleplayer, or what their settings say (of a folder, its name)."""
-    name = args.roleplayer or settings_of(args.conversations).get("roleplayer") or fail(
-        f"--roleplayer: {args.conversations}.settings.json is not there to say who played the user. Give a name.")
+def roleplayer_label(conversations, given):
+    """Who played the user in a file of conversations: the name given, or what its settings say (a folder's name)."""
+    name = given or settings_of(conversations).get("roleplayer") or fail(
+        f"--roleplayer: {conversations}.settings.json is not there to say who played the user. Give a name.")
     return re.sub(r" \(\w{12}\)$", "", name)
 
 
@@ -238,7 +238,7 @@ class Evaluation:
         if args.win_pairs < self.K:
             fail(f"--win-pairs {args.win_pairs}: below the number of conversation lengths, {self.K}. Raise it.")
         self.label = {"variant": args.variant, "iteration": args.iteration, "split": args.split,
-                      "roleplayer": roleplayer_label(args)}
+                      "roleplayer": roleplayer_label(args.conversations, args.roleplayer)}
         self.settings = {"stage": "evaluate", **self.label, "dtype": args.dtype, "seed": args.seed}
         self.score_settings = {**self.settings, "base": model_name(args.base)}
         self.response_settings = {

@@ -291,6 +291,14 @@ def test_a_template_that_begins_an_answer_otherwise_than_it_shows_it_is_refused(
         assert "another beginning" in capsys.readouterr().err
 
 
+def test_a_template_that_shortens_an_answer_is_refused(capsys):
+    tokenizer = make_tokenizer("qwen")
+    tokenizer.chat_template = tokenizer.chat_template.replace("{{ m['content'] }}", "{{ m['content'][:5] }}")
+    with pytest.raises(SystemExit):
+        common.training_examples(tokenizer, CHAT)
+    assert "than it shows of the answer" in capsys.readouterr().err
+
+
 # ------------------------------------------------------------ servers
 
 def args_for_server(**more):

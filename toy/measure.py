@@ -88,11 +88,11 @@ def main():
     asked = {(row["task_id"], row["persona_id"], row["sample"]) for row in conversations}
     if any((row["task_id"], row["persona_id"], row["sample"]) not in asked for row in responses):
         fail(f"{args.responses}: answers conversations that are not in {args.conversations}. Give the file behind it.")
-    rows = []
+    rows, roleplayer = [], roleplayer_label(args.conversations, args.roleplayer)
     for metric, pairs in measure(conversations, responses, tasks).items():
         mean, sem, n = mean_sem(list(pairs.values()))
         rows.append({"variant": args.variant, "iteration": args.iteration, "metric": metric, "condition": "",
-                     "roleplayer": roleplayer_label(args), "split": args.split, "mean": mean, "sem": sem, "n": n})
+                     "roleplayer": roleplayer, "split": args.split, "mean": mean, "sem": sem, "n": n})
     results = [row for row in write_results(args.results, rows) if row["split"] == args.split]
     for metric, title in TITLES.items():
         print(*table(results, metric, title), sep="\n")
