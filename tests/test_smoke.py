@@ -4,6 +4,7 @@ import os
 import signal
 import socket
 import subprocess
+import sys
 import time
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -12,8 +13,11 @@ from conftest import ROOT, read_lines
 
 
 def start(folder, **more):
-    return subprocess.Popen(["bash", "run.sh", "smoke"], cwd=ROOT, env={**os.environ, "RUN": str(folder), **more}, text=True,
-                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True)
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"  # the python that runs this test, activated or not
+    return subprocess.Popen(["bash", "run.sh", "smoke"], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+                            env={**os.environ, "PATH": path, "RUN": str(folder), **more}, start_new_session=True,
+                            # Tests that run in the background have inherited that Ctrl-C is ignored; a terminal's do not.
+                            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
 
 
 def is_up(folder):
@@ -42,7 +46,7 @@ def test_smoke_run(tmp_path):
     positive, negative = (results["main", 0, "gold_log_prob", f"{c}_control"]["mean"] for c in ("positive", "negative"))
     assert positive > negative, "the base should make use of a persona that it is told"
     golds = read_lines(tmp_path / "gold.jsonl")
-    assert len(golds) == 8 * 28 + 64 and all(row["gold"] and "refused" not in row for row in golds)
+    assert len(golds) == 2 * 8 * 28 + 64 and all(row["gold"] and "refused" not in row for row in golds)
     # The model asks, and every kept conversation is the best of its pair.
     scores = {}
     for row in read_lines(tmp_path / "base/selected.scores.jsonl"):

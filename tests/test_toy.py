@@ -361,6 +361,19 @@ def test_means_over_seeds():
     assert report.over_seeds(runs[:1]) is runs[0]
 
 
+def test_ties_are_told_from_the_scores_that_the_judge_names(tmp_path):
+    folder = tmp_path / "main/2/test"
+    folder.mkdir(parents=True)
+    said = [("ours_first", 2, 1, "ours"), ("base_first", 2, 1, "base"), ("base_first", -1, 0, "ours"), ("ours_first", 0, 0, "base"),
+            ("base_first", 1, 1, "ours"), ("ours_first", -2, -1, "base"), ("ours_first", 3, -1, "ours"), ("base_first", 0, 2, "ours")]
+    (folder / "verdicts.jsonl").write_text("".join(json.dumps(
+        {"task_id": "t", "persona_id": f"p{i}", "order": order, "verdict": verdict,
+         "raw": f"Comparison: response A scores {a}, response B scores {b}.\n\nFinal Response: A"}) + "\n"
+        for i, (order, a, b, verdict) in enumerate(said)))
+    assert report.outcomes(tmp_path, "test") == {("main", 2): (4 / 8, 2 / 8, 2 / 8)}
+    assert report.outcomes(tmp_path, "dev") == {}
+
+
 def test_report_of_two_runs(tmp_path):
     task, persona = people(1)[0][2], people(1)[0][1]
     text = world.persona_text(persona, random.Random(0))

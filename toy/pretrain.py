@@ -1,6 +1,6 @@
 """Make the base Questioner of the embedded world: a Mistral of 0.24 M parameters, from scratch, on one thread.
 
-    python toy/pretrain.py --output toy/base          # the base that is shipped; 4 to 6 minutes
+    python toy/pretrain.py --output toy/base          # the base that is shipped; 3 to 6 minutes
 
 It writes a Hugging Face folder (weights, tokenizer, chat template) and abilities.json. The documents are conversations
 of the world, rendered by the pipeline's own functions (elicitation prompt, response form, chat template). Four

@@ -6,6 +6,7 @@
 Of several runs: means over the seeds, ± the standard deviation between them. The findings are checked run by run.
 """
 import argparse
+import re
 import statistics
 import sys
 import textwrap
@@ -18,7 +19,7 @@ import measure
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the stages; first, since PyPI has an "evaluate", too
 import evaluate  # noqa: E402
 from common import (RESULT_KEY, fail, key_of, known, read_conversations, read_personas, read_results,  # noqa: E402
-                    read_tasks)
+                    read_rows, read_tasks)
 
 WIDTH = 58  # of a column of text
 
@@ -132,6 +133,23 @@ def sharpening(rows):
             ("main", t) in wins and ("base_answers", t) in wins]
 
 
+def outcomes(run, split):
+    """{(folder, t): (shares won, tied, lost)} of the judge's verdicts, by the scores that it names. It must say A or B,
+    so it settles a tie by a hash; here a tie is a tie."""
+    found, fields = {}, {"task_id": str, "persona_id": str, "order": str, "raw": str}
+    for path in sorted(Path(run).glob(f"*/[1-9]/{split}/verdicts.jsonl")):
+        points = []
+        for row in read_rows(path, fields, ("task_id", "persona_id")):
+            scores = re.search(r"response A scores (-?\d+), response B scores (-?\d+)", row["raw"])
+            if scores and row["order"] in ("ours_first", "base_first"):
+                a, b = map(int, scores.groups())
+                points.append((a > b) - (a < b) if row["order"] == "ours_first" else (b > a) - (b < a))
+        if points:
+            shares = tuple(points.count(point) / len(points) for point in (1, 0, -1))
+            found[path.parts[-4], int(path.parts[-3])] = shares
+    return found
+
+
 def lines_of(row, response, who):
     """A conversation and the response to it, as lines of text."""
     turns = [f"{turn['role']}: {turn['content']}" for turn in row["conversation"]]
@@ -182,6 +200,11 @@ def main():
         if len(runs) > 1:
             title = f"{title.split(' (')[0]} (mean over {len(runs)} seeds ± standard deviation)"
         print(*evaluate.table(over_seeds(list(runs.values())), metric, title), sep="\n")
+    shares = [outcomes(run, args.split) for run in runs]
+    print("\nBy the judge's scores: won, tied, lost, and the win rate with ties as halves (means over the runs)")
+    for variant, t in sorted(set.intersection(*map(set, shares)), key=lambda key: (key[0] != "main", key)):
+        won, tied, lost = (statistics.mean(column) for column in zip(*(share[variant, t] for share in shares)))
+        print(f"{variant}, t = {t}: {won:.3f} {tied:.3f} {lost:.3f}  {won + tied / 2:.3f}")
     for run, rows in runs.items():
         print(f"\nDoes it hold in {run}?")
         for what, holds, figures in findings(rows):
