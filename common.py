@@ -469,10 +469,10 @@ def assistant_turns(tokenizer, chat, last_only=False):
     whole = render(tokenizer, chat)
     ids, spans = tokenize(tokenizer, whole)
     turns = []
+    # A turn's text begins where a mark in its place would stand: after a blank, or after an empty thought.
+    mark = next(chr(code) for code in range(0xFFFFD, 0xF0000, -1) if chr(code) not in whole.text)
     for i in [i for i, message in enumerate(chat) if message["role"] == "assistant"][-1 if last_only else 0:]:
         before = render(tokenizer, chat[:i], ask=True).text
-        # A turn's text begins where a mark in its place would stand: after a blank, or after an empty thought.
-        mark = next(chr(code) for code in range(0xFFFFD, 0xF0000, -1) if chr(code) not in whole.text)
         start = render(tokenizer, [*chat[:i], {**chat[i], "content": mark}, *chat[i + 1:]]).text.find(mark)
         content = chat[i]["content"].strip()                    # half of the templates strip it
         stop = whole.text.find(content, start) + len(content)

@@ -32,8 +32,7 @@ import torch.nn.functional as F
 
 from common import (add_dtype_flag, claim, digest, fail, known, load_model, load_tokenizer, local_model, model_name,
                     not_negative, pair_of, positive, progress, read_conversations, read_gold, read_personas, read_tasks,
-                    response_form, sample_pairs, say, stage_parser, start_processes,
-                    training_examples)
+                    response_form, sample_pairs, say, stage_parser, start_processes, training_examples)
 
 
 def example_chat(name, task, conversation, response=None):

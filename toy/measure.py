@@ -24,8 +24,8 @@ from pathlib import Path
 import world
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the stages; first, since PyPI has an "evaluate", too
-from common import (by_pair, fail, known, mean_sem, read_conversations, read_personas, read_tasks,  # noqa: E402
-                    write_results)
+from common import (by_pair, fail, key_of, known, mean_sem, read_conversations, read_personas,  # noqa: E402
+                    read_tasks, write_results)
 from evaluate import read_responses, roleplayer_label, table  # noqa: E402
 
 TITLES = {"relevant_share": "Questions about a fact that matters (share; mean over pairs, SEM)",
@@ -52,12 +52,12 @@ def invented_facts(response, conversation, task):
 
 def measure(conversations, responses, tasks):
     """Rows of both files and {task_id: task row} -> {metric: {(task_id, persona_id): mean over the pair's samples}}."""
-    asked = {(row["task_id"], row["persona_id"], row["sample"]): row["conversation"] for row in conversations}
+    asked = {key_of(row): row["conversation"] for row in conversations}
     questions = [{**row, "value": relevant_share(row["conversation"], tasks[row["task_id"]]["task"])}
                  for row in conversations]
     another = [{**row, "value": is_question(row["response"])} for row in responses]
     invented = [{**row, "value": invented_facts(
-        row["response"], asked[row["task_id"], row["persona_id"], row["sample"]], tasks[row["task_id"]]["task"])}
+        row["response"], asked[key_of(row)], tasks[row["task_id"]]["task"])}
         for row in responses]
     return {"relevant_share": by_pair(questions, "value"), "question_share": by_pair(another, "value"),
             "invented_facts": by_pair(invented, "value")}
@@ -85,8 +85,7 @@ def main():
                      and "refused" not in row]
     responses = [row for row in read_responses(args.responses)
                  if known(row, tasks, personas, args.responses)[0]["split"] == args.split and "refused" not in row]
-    asked = {(row["task_id"], row["persona_id"], row["sample"]) for row in conversations}
-    if any((row["task_id"], row["persona_id"], row["sample"]) not in asked for row in responses):
+    if not set(map(key_of, responses)) <= set(map(key_of, conversations)):
         fail(f"{args.responses}: answers conversations that are not in {args.conversations}. Give the file behind it.")
     rows, roleplayer = [], roleplayer_label(args.conversations, args.roleplayer)
     for metric, pairs in measure(conversations, responses, tasks).items():

@@ -129,15 +129,21 @@ def sharpening(rows):
     Q_t's own way of answering."""
     wins = {(row["variant"], row["iteration"]): row["mean"] for row in rows
             if row["metric"] == "win_rate" and row["roleplayer"] == "roleplayer"}
-    return [(t, wins["main", t], wins["base_answers", t]) for t in range(1, 100) if
-            ("main", t) in wins and ("base_answers", t) in wins]
+    return [(t, wins["main", t], wins["base_answers", t])
+            for variant, t in sorted(wins) if variant == "base_answers" and ("main", t) in wins]
+
+
+def evaluations(run, split):
+    """{(folder, t): path of the verdicts} of the evaluations that are whole: a stage's output appears when it is."""
+    paths = sorted(Path(run).glob(f"*/*/{split}/verdicts.jsonl"))
+    return {(path.parts[-4], int(path.parts[-3])): path for path in paths if path.parts[-3].isdigit()}
 
 
 def outcomes(run, split):
     """{(folder, t): (shares won, tied, lost)} of the judge's verdicts, by the scores that it names. It must say A or B,
     so it settles a tie by a hash; here a tie is a tie."""
     found, fields = {}, {"task_id": str, "persona_id": str, "order": str, "raw": str}
-    for path in sorted(Path(run).glob(f"*/[1-9]/{split}/verdicts.jsonl")):
+    for evaluation, path in evaluations(run, split).items():
         points = []
         for row in read_rows(path, fields, ("task_id", "persona_id")):
             scores = re.search(r"response A scores (-?\d+), response B scores (-?\d+)", row["raw"])
@@ -145,8 +151,7 @@ def outcomes(run, split):
                 a, b = map(int, scores.groups())
                 points.append((a > b) - (a < b) if row["order"] == "ours_first" else (b > a) - (b < a))
         if points:
-            shares = tuple(points.count(point) / len(points) for point in (1, 0, -1))
-            found[path.parts[-4], int(path.parts[-3])] = shares
+            found[evaluation] = tuple(points.count(point) / len(points) for point in (1, 0, -1))
     return found
 
 
@@ -160,14 +165,12 @@ def lines_of(row, response, who):
 def side_by_side(run, split, count):
     """Lines of text: the first judged pairs with the most questions (nobody chose them), Q_BASE's conversation beside
     the last Q_t's."""
-    folders = [folder for folder in Path(run, "main").glob("[0-9]*") if folder.name.isdigit()
-               and (folder / split / "verdicts.jsonl").exists()]  # a stage's output appears when it is whole
-    if not folders:
+    last = max((t for variant, t in evaluations(run, split) if variant == "main"), default=None)
+    if last is None:
         return []
-    last = max(folders, key=lambda folder: int(folder.name))
     tasks, personas = read_tasks(f"{run}/tasks.jsonl"), read_personas(f"{run}/personas.jsonl")
     talks, answers = [], []
-    for folder in (Path(run, "base"), last):
+    for folder in (f"{run}/base", f"{run}/main/{last}"):
         talks.append({key_of(row): row for row in read_conversations(f"{folder}/{split}.jsonl")})
         answers.append({key_of(row): row for row in evaluate.read_responses(f"{folder}/{split}/responses.jsonl")})
     both, lines = sorted(set(answers[0]) & set(answers[1])), []
@@ -175,7 +178,7 @@ def side_by_side(run, split, count):
     for key in [key for key in both if answers[0][key]["turns"] == longest][:count]:
         task, persona = known(talks[0][key], tasks, personas, f"{run}/base/{split}.jsonl")
         left, right = (lines_of(talk[key], answer[key]["response"], who)
-                       for talk, answer, who in zip(talks, answers, ("Q_BASE", f"Q_{last.name}")))
+                       for talk, answer, who in zip(talks, answers, ("Q_BASE", f"Q_{last}")))
         lines += ["", task["task"], persona["persona"], ""]
         lines += [f"{a:<{WIDTH}}  {b}".rstrip() for a, b in zip_longest(left, right, fillvalue="")]
     return lines
