@@ -17,9 +17,11 @@ import hashlib
 import json
 import os
 import re
+import signal
 import socket
 import sys
 from collections import Counter, defaultdict
+from contextlib import contextmanager
 from glob import glob, escape
 from itertools import islice
 from pathlib import Path
@@ -30,11 +32,11 @@ from urllib.request import getproxies
 import numpy as np
 
 
-def fail(message):
+def fail(message, status=2):
     """Bad input: one line that says where, what, and what to do; exit status 2."""
     from tqdm import tqdm
     tqdm.write(f"{Path(sys.argv[0]).name}: error: {message}", file=sys.stderr)     # on a line of its own beside a bar
-    raise SystemExit(2)
+    raise SystemExit(status)
 
 
 def digest(*parts):
@@ -242,17 +244,32 @@ def claim(output, settings):
             fail(f"{output} was made with other settings ({'; '.join(differ)}). Give another --output, or delete "
                  f"{output}*.")
     else:
-        handle.truncate(0)
-        handle.write(json.dumps(settings, indent=1, ensure_ascii=False) + "\n")
-        handle.flush()
+        with writing(path):
+            handle.truncate(0)
+            handle.write(json.dumps(settings, indent=1, ensure_ascii=False) + "\n")
+            handle.flush()
     return handle
+
+
+@contextmanager
+def writing(path, *errors):
+    """A full disk, a quota or a folder that turned read-only ends the program with a clear line."""
+    try:
+        yield
+    except (OSError, *errors) as error:
+        fail(f"{path}: {getattr(error, 'strerror', None) or error}. What was done before is kept: make room, or make the "
+             "folder writable, and start again with the same flags.")
 
 
 def write_whole(path, text):
     """Writes a file beside its place and renames it: readers see the old file or the new one, never half of one."""
     temporary = Path(f"{path}.tmp")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
+    with writing(path):
+        try:
+            temporary.write_text(text, encoding="utf-8")
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
 
 
 class Rows:
@@ -261,8 +278,8 @@ class Rows:
 
     A row carries `inputs`, a hash of the texts that it was made from: see `check`."""
 
-    def __init__(self, path, key, settings, processes):
-        self.path, self.key, self.processes = Path(path), key, processes
+    def __init__(self, path, key, settings, processes, max_refused=None):
+        self.path, self.key, self.processes, self.max_refused = Path(path), key, processes, max_refused
         if self.path.is_dir():
             fail(f"{path}: a folder. Give the path of a file as --output.")
         if processes.is_main_process:
@@ -270,20 +287,29 @@ class Rows:
             if unfinished(path):
                 self._merge(unfinished(path), f"{path}.part-0")
         processes.wait_for_everyone()
-        self.done = {}                                          # key -> inputs
-        for file in filter(os.path.exists, (self.path, f"{path}.part-0")):
-            with open(file, "rb") as lines:
-                self.done.update(map(self._identity, lines))
+        self._load(self.path, f"{path}.part-0")
         processes.wait_for_everyone()
         self.part = self.bar = None
 
     def _identity(self, line):
         try:
             row = json.loads(line)
-            return tuple(row[name] for name in self.key), row.get("inputs")
+            return tuple(row[name] for name in self.key), row
         except (ValueError, KeyError, TypeError, AttributeError):
             fail(f"{self.path}: holds a line that this stage did not write: {line[:60]!r}. Remove it, or give another "
                  "--output.")
+
+    def _load(self, *files):
+        self.done, self.refused = {}, {}                        # key -> inputs; key -> why
+        for file in filter(os.path.exists, files):
+            with open(file, "rb") as lines:
+                for line in lines:
+                    self._note(*self._identity(line))
+
+    def _note(self, key, row):
+        self.done[key] = row.get("inputs")
+        if "refused" in row:
+            self.refused[key] = row["refused"]
 
     def __contains__(self, key):
         return key in self.done
@@ -298,13 +324,26 @@ class Rows:
 
     def add(self, rows):
         """Saves rows at once; those that are there already are left as they are."""
-        self.part = self.part or open(f"{self.path}.part-{self.processes.process_index}", "a", encoding="utf-8")
-        for row in rows:
-            key = tuple(row[name] for name in self.key)
-            if key not in self.done:
-                self.part.write(json.dumps(row, ensure_ascii=False) + "\n")
-                self.done[key] = row.get("inputs")
-        self.part.flush()
+        new = {key: row for key, row in ((tuple(row[name] for name in self.key), row) for row in rows)
+               if key not in self.done}
+        with writing(self.path):
+            self.part = self.part or open(f"{self.path}.part-{self.processes.process_index}", "ab", buffering=0)
+            lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in new.values()).encode("utf-8")
+            while lines:                                        # a disk that is nearly full takes a part of them
+                lines = lines[self.part.write(lines):]
+        for key, row in new.items():
+            self._note(key, row)
+        if len(self.done) >= 100:                               # before thousands more are paid for
+            self.limit_refusals()
+
+    def limit_refusals(self):
+        """Ends the program with status 1 where more than --max-refused of the rows are refusals."""
+        if self.max_refused is not None and len(self.refused) > self.max_refused * len(self.done):
+            why = ", ".join(f"{count} {reason[:80]}" for reason, count in Counter(self.refused.values()).most_common(3))
+            fail(f"{self.path}: {len(self.refused)} of {len(self.done)} were refused ({why}), more than --max-refused "
+                 f"{self.max_refused:g}. Try another model, --extra or --max-tokens, with another --output. To ask the "
+                 f"same again, take the lines with \"refused\" out of {self.path}*; to go on without, raise the flag.",
+                 status=1)
 
     def _merge(self, sources, target):
         """Sorts the lines of all sources by key into target. A part's line that a kill has torn has no end: it goes."""
@@ -334,7 +373,7 @@ class Rows:
         if first:
             done = sum(key in self for key in self.keys)
             self.bar = progress(len(self.keys), self.what, self.processes, done)
-        self.bar.update((self.keys[i] not in self) * self.processes.num_processes)
+        advance(self.bar, self.keys[i] not in self, self.processes)
         self.add([{**dict(zip(self.key, self.keys[i])), **fields, "inputs": self.inputs[i]}])
         return first
 
@@ -346,12 +385,13 @@ class Rows:
                     yield from map(json.loads, lines)
 
     def tally(self, *fields):
-        """(number of rows, number of rows that have field, ...)."""
-        rows, counts = 0, Counter()
+        """(number of rows, number of rows that have field, ..., tokens that servers counted in them)."""
+        rows, counts, usage = 0, Counter(), Counter()
         for row in self.read():
             rows += 1
             counts.update(field for field in fields if field in row)
-        return rows, *(counts[field] for field in fields)
+            usage.update(row.get("usage", {}))
+        return rows, *(counts[field] for field in fields), usage
 
     def finish(self):
         """Joins the parts of all processes into PATH, which is there then, if only as an empty file."""
@@ -359,10 +399,18 @@ class Rows:
             self.bar.close()
         if self.part:
             self.part.close()
+        self.part = self.bar = None
         self.processes.wait_for_everyone()
         if self.processes.is_main_process and (unfinished(self.path) or not self.path.exists()):
             self._merge([file for file in (self.path, *unfinished(self.path)) if Path(file).exists()], self.path)
         self.processes.wait_for_everyone()
+        if self.processes.num_processes > 1:
+            self._load(self.path)                               # the others' rows, too
+
+    def withdraw(self):
+        """Leaves nothing behind where nothing was saved: for --dry-run."""
+        if self.processes.is_main_process and not self.done:
+            os.remove(f"{self.path}.settings.json")
 
 
 RESULT_KEY = ("variant", "iteration", "metric", "condition", "roleplayer", "split")
@@ -536,6 +584,11 @@ class Reply(NamedTuple):
     text: str
     refused: str = None             # why a server gave no answer: a row to record, not an error
     cut: bool = False               # ran into max_tokens
+    usage: dict = None              # {"prompt_tokens": ..., "completion_tokens": ...}, as a server counts
+
+    def marks(self):
+        """What a row says of a reply beside its text, where there is something to say."""
+        return {name: value for name, value in self._asdict().items() if name != "text" and value}
 
 
 class OneProcess:
@@ -578,6 +631,23 @@ class ServerError(Exception):
     """A server's lasting failure: what it does, and what to do."""
 
 
+def read_completion(answer):
+    """A chat completion -> Reply. A filtered, declined or empty answer is a refusal; what is no completion raises."""
+    choice, usage = answer.choices[0], getattr(answer, "usage", None)
+    text = (choice.message.content or "").strip().encode("utf-8", "replace").decode("utf-8")    # no half surrogates
+    cut = choice.finish_reason == "length"
+    refused = ("content_filter (answer)" if choice.finish_reason == "content_filter" else
+               getattr(choice.message, "refusal", None) or
+               (None if text else "empty, cut before it began: raise the limit of tokens" if cut else "empty"))
+    counted = {name: getattr(usage, name, None) for name in ("prompt_tokens", "completion_tokens")}
+    return Reply("" if refused else text, refused, cut and not refused, None if None in counted.values() else counted)
+
+
+def words(error):
+    """What a server says of its own error, on one line; the client's message leaves most servers' words out."""
+    return " ".join(error.response.text.split())[:300] or "nothing more."
+
+
 class ServerModel:
     """A model behind an OpenAI-compatible server. The key comes from OPENAI_API_KEY, the URL from the model's string or
     OPENAI_BASE_URL. The client itself repeats a call after 429, 5xx, dropped connections and timeouts, 8 times."""
@@ -602,7 +672,7 @@ class ServerModel:
         self.client = AsyncOpenAI(base_url=url, api_key=key, max_retries=8, timeout=args.timeout)
         atexit.register(lambda: self.loop.run_until_complete(self.client.close()))
 
-    async def _ask(self, index, request, temperature, top_p, max_tokens):
+    async def _ask(self, index, request, temperature, top_p, max_tokens, attempts=5):
         import openai
         chat = fold_system(request.chat) if self.args.system == "fold" else request.chat
         usual = {"temperature": temperature, "top_p": top_p, "max_tokens": max_tokens, "seed": request.seed}
@@ -611,24 +681,22 @@ class ServerModel:
             answer = await self.client.chat.completions.create(
                 model=self.name, messages=chat, **{k: v for k, v in usual.items() if k not in extra},
                 extra_body={k: v for k, v in extra.items() if v is not None})
-            choice = answer.choices[0]
-            refusal, text = getattr(choice.message, "refusal", None), (choice.message.content or "").strip()
-            text = text.encode("utf-8", "replace").decode("utf-8")          # half a surrogate pair cannot be saved
+            return index, read_completion(answer)
         except openai.BadRequestError as error:
             if error.code == "content_filter":                  # Azure's filter on prompts
                 return index, Reply("", "content_filter (prompt)")
-            raise ServerError(f"refuses the request: {error.message}. If it is about an argument, --extra changes it; "
-                              "if about the system text, --system fold")
+            raise ServerError(f"refuses the request: {words(error)} Correct the model's name; if it is about an "
+                              "argument, --extra changes it, if about the system text, --system fold")
         except openai.APIStatusError as error:
-            raise ServerError(f"answers {error.status_code}: {error.message}. Correct the key, the model's name or the "
-                              "URL (or try --system fold)")
+            raise ServerError(f"answers {error.status_code}: {words(error)} Correct the key, the model's name or the "
+                              "URL (or try --system fold; if it is about an argument, --extra)")
         except openai.APIConnectionError as error:
             raise ServerError(f"does not answer ({error}). Start the server, or correct the URL or --timeout")
         except (ValueError, TypeError, AttributeError, IndexError) as error:
-            raise ServerError(f"sends what is no chat completion ({type(error).__name__}: {error}). Correct the URL")
-        if choice.finish_reason == "content_filter" or refusal:
-            return index, Reply("", refusal or "content_filter (answer)")
-        return index, Reply(text, None, choice.finish_reason == "length")
+            if attempts == 1:
+                raise ServerError(f"sends what is no chat completion ({type(error).__name__}: {error}). Correct the URL")
+            await asyncio.sleep(0.2)                            # the client repeats errors, but not torn JSON
+            return await self._ask(index, request, temperature, top_p, max_tokens, attempts - 1)
 
     def generate(self, requests, temperature, top_p, max_tokens, skip=(), share=OneProcess):
         """Yields (index, Reply) as answers arrive, with at most --concurrency requests under way. `skip`: indices that
@@ -679,7 +747,8 @@ class LocalModel:
             ids[b, -len(row):], mask[b, -len(row):] = row, 1    # from lengths: pad may well be a real token (EOS)
         return torch.from_numpy(ids).to(self.model.device), torch.from_numpy(mask).to(self.model.device)
 
-    def _fits(self, tokens):
+    def fits(self, tokens):
+        """Refuses a text that is longer than the model's context."""
         room = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
         if room and tokens > room:
             fail(f"{self.name}: {tokens} tokens are needed, but the model has room for {room}. "
@@ -689,7 +758,7 @@ class LocalModel:
         """Yields (index, Reply) batch by batch. Batches depend on the whole list, not on what is done already: with the
         same batch size a restart computes the very same matrices. `skip` and `share` as in ServerModel."""
         prompts = [prompt_ids(self.tokenizer, request.chat) for request in requests]
-        self._fits(max(map(len, prompts), default=0) + max_tokens)
+        self.fits(max(map(len, prompts), default=0) + max_tokens)
         order = sorted(range(len(prompts)), key=lambda i: (-len(prompts[i]), prompts[i], i))     # longest first
         batches = [order[i:i + self.batch_size] for i in range(0, len(order), self.batch_size)]
         batches = [batch for batch in batches if any(i not in skip for i in batch)]
@@ -731,7 +800,7 @@ class LocalModel:
         """
         import torch
         import torch.nn.functional as F
-        self._fits(max((len(ids) for ids, _ in examples), default=0))
+        self.fits(max((len(ids) for ids, _ in examples), default=0))
         batches = [b for b in budget_batches([len(ids) for ids, _ in examples], tokens_per_batch)
                    if any(i not in skip for i in b)]
         for batch in batches[share.process_index::share.num_processes]:
@@ -853,6 +922,13 @@ def fraction(text):
     return value
 
 
+def share(text):
+    value = float(text)
+    if not 0 <= value <= 1:
+        raise argparse.ArgumentTypeError(f"{text} is not from 0 to 1")
+    return value
+
+
 def not_negative(text):
     value = float(text)
     if not 0 <= value < float("inf"):
@@ -897,7 +973,9 @@ def interrupted(kind, error, trace):
     """Says on Ctrl-C how to go on, instead of a traceback."""
     if kind is not KeyboardInterrupt:
         return sys.__excepthook__(kind, error, trace)
-    print("\nInterrupted. What is done is kept: start again with the same flags to go on.", file=sys.stderr)
+    print("\nInterrupted. What is done is kept: start again with the same flags to go on.", file=sys.stderr, flush=True)
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    signal.raise_signal(signal.SIGINT)                          # ends as Ctrl-C ends a program, and at once
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
@@ -933,6 +1011,54 @@ def add_server_flags(parser):
     group.add_argument("--extra", type=json_object, default={}, metavar="JSON",
                        help='more request arguments; null takes one away: '
                             '{"max_tokens": null, "max_completion_tokens": 900}')
+    group.add_argument("--max-refused", type=share, default=0.05, metavar="SHARE",
+                       help="of answers that are refused, filtered or empty; above it the stage stops with status 1")
+    group.add_argument("--prices", type=not_negative, nargs=2, metavar=("IN", "OUT"),
+                       help="dollars for a million tokens: tells what the calls cost")
+    group.add_argument("--dry-run", action="store_true",
+                       help="say how many calls would be made, and the most that they cost, and stop")
+
+
+def announce(processes, args, spec, letters, max_tokens, outputs):
+    """Says before the first paid call how many calls a server will get, and the most that they may cost; ends here on
+    --dry-run, with nothing written.
+
+    letters: for each call, the characters of its prompt; a token is taken to have four, which is about right for
+    English. max_tokens: of an answer. outputs: the Rows that are open.
+    """
+    if not spec.startswith("openai:"):
+        text = "runs on this machine: no paid calls"
+    else:
+        limit = args.extra.get("max_completion_tokens", args.extra.get("max_tokens", max_tokens))
+        tokens = sum(letters) // 4, len(letters) * limit if limit else None
+        text = (f"{len(letters):,} calls, at most about {tokens[0]:,} tokens in and " +
+                ("answers of any length out" if limit is None else f"{tokens[1]:,} out") + cost(args, *tokens))
+    if letters or args.dry_run:
+        say(processes, f"{spec}: {text}")
+    if args.dry_run:
+        for rows in outputs:
+            rows.withdraw()
+        raise SystemExit(0)
+
+
+def letters(chat):
+    """The number of characters of a chat."""
+    return sum(len(message["content"]) for message in chat)
+
+
+def cost(args, tokens_in, tokens_out):
+    """": $12.34" with --prices, else nothing."""
+    if not args.prices or tokens_out is None:
+        return ""
+    return f": ${(args.prices[0] * tokens_in + args.prices[1] * tokens_out) / 1e6:,.2f}"
+
+
+def spent(args, usage):
+    """The end of a summary line: the tokens that servers counted, and their price."""
+    if not usage:
+        return ""
+    tokens = usage["prompt_tokens"], usage["completion_tokens"]
+    return f"; servers counted {tokens[0]:,} tokens in and {tokens[1]:,} out{cost(args, *tokens)}"
 
 
 def progress(total, what, processes, done=0):
@@ -940,6 +1066,11 @@ def progress(total, what, processes, done=0):
     from tqdm import tqdm
     return tqdm(total=total, initial=done, desc=what, unit="", disable=not processes.is_main_process,
                 dynamic_ncols=True, file=sys.stderr)
+
+
+def advance(bar, rows, processes):
+    """Moves the bar by the rows of this process, and as many of each other one, which are about as far."""
+    bar.update(min(rows * processes.num_processes, bar.total - bar.n))
 
 
 def say(processes, *text):

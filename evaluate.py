@@ -31,10 +31,11 @@ from pathlib import Path
 
 import numpy as np
 
-from common import (Request, Rows, add_local_flags, add_server_flags, by_pair, digest, fail, fraction, key_of,
-                    known, local_model, mean_sem, model_name, open_model, pair_of, positive, read_conversations,
-                    read_gold, read_personas, read_rows, read_tasks, response_form, rotation, sample_pairs, say,
-                    scored_ids, seed_for, stage_parser, start_processes, temperature, write_results)
+from common import (Request, Rows, add_local_flags, add_server_flags, announce, by_pair, digest, fail, fraction,
+                    key_of, known, letters, local_model, mean_sem, model_name, open_model, pair_of, positive,
+                    read_conversations, read_gold, read_personas, read_rows, read_tasks, response_form, rotation,
+                    sample_pairs, say, scored_ids, seed_for, spent, stage_parser, start_processes, temperature,
+                    write_results)
 
 JUDGE_SYSTEM_PROMPT = (
     "You are an expert in evaluating assistant responses, particularly skilled in analyzing their alignment with "
@@ -192,6 +193,8 @@ def parse_args():
         parser.error("--baseline belongs to every iteration but 0: evaluate Q_BASE with --iteration 0 first")
     if args.iteration > 0 and "win_rate" in args.metrics and args.judge is None:
         parser.error("--judge is needed for win rates; or --metrics log_prob")
+    if args.dry_run and args.judge is None:
+        parser.error("--dry-run tells of the judge's calls, and there is no --judge")
     return args
 
 
@@ -248,6 +251,7 @@ class Evaluation:
             self.check_baseline("log_probs.jsonl", self.score_settings)
         if args.baseline and "win_rate" in args.metrics:
             self.check_baseline("responses.jsonl", self.response_settings)
+        self.win_pairs = win_pairs(self.turns, args.win_pairs, self.K, args.seed)
         self.processes = start_processes(args.base, args.questioner)
         self.loaded = None, None
 
@@ -332,8 +336,7 @@ def log_probs(e):
 def responses(e):
     """Lets Q_t answer after one conversation of each of the win rate's pairs; writes responses.jsonl; returns
     {pair: response}."""
-    args = e.args
-    pairs, each = win_pairs(e.turns, args.win_pairs, e.K, args.seed), args.win_pairs // e.K
+    args, pairs, each = e.args, e.win_pairs, e.args.win_pairs // e.K
     if len(pairs) < each * e.K:
         there = Counter(e.turns.values())
         found = ", ".join(f"{there[length]} of length {length}" for length in range(1, e.K + 1))
@@ -350,8 +353,7 @@ def responses(e):
     if len(done) < len(keys):
         questioner = e.model(args.questioner)
         for i, reply in questioner.generate(requests, args.temperature, args.top_p, args.max_tokens, done, e.processes):
-            first = rows.save(i, {"turns": e.turns[keys[i][:2]], "response": reply.text,
-                                  **({"cut": True} if reply.cut else {})})
+            first = rows.save(i, {"turns": e.turns[keys[i][:2]], "response": reply.text, **reply.marks()})
             if first:
                 say(e.processes, f"\n{e.tasks[keys[i][0]]['task']}\n-> {reply.text}\n")
     rows.finish()
@@ -359,17 +361,27 @@ def responses(e):
     return {pair_of(row): row["response"] for row in rows.read() if key_of(row) in wanted}
 
 
-def verdicts(e, ours):
-    """Asks the judge about our responses and Q_BASE's; writes verdicts.jsonl; returns the win rate."""
+def open_verdicts(e):
+    """The Rows of verdicts.jsonl; says how many calls the judge will get."""
     args = e.args
-    base = {pair_of(row): row["response"] for row in read_responses(f"{args.baseline}/responses.jsonl")}
-    pairs = [pair for pair in ours if pair in base]
-    e.left_out["pairs without a response of Q_BASE"] = len(ours) - len(pairs)
     rows = Rows(f"{args.output}/verdicts.jsonl", ("task_id", "persona_id"), {
         **e.settings, "questioner": model_name(args.questioner), "judge": model_name(args.judge),
         "judge_system_prompt": JUDGE_SYSTEM_PROMPT, "judge_prompt": JUDGE_PROMPT, "both_orders": args.both_orders,
         "judge_temperature": args.judge_temperature, "top_p": args.top_p,
-        "judge_max_tokens": args.judge_max_tokens, "system": args.system, "extra": args.extra}, e.processes)
+        "judge_max_tokens": args.judge_max_tokens, "system": args.system, "extra": args.extra}, e.processes,
+        args.max_refused)
+    calls = [letters(judge_chat(e.personas[persona_id]["persona"], e.tasks[task_id]["task"], "", "", "ours_first")) +
+             2 * args.max_tokens * 4 for task_id, persona_id in e.win_pairs if (task_id, persona_id) not in rows]
+    announce(e.processes, args, args.judge, calls * (1 + args.both_orders), args.judge_max_tokens, [rows])
+    return rows
+
+
+def verdicts(e, ours, rows):
+    """Asks the judge about our responses and Q_BASE's; adds to verdicts.jsonl; returns the win rate."""
+    args = e.args
+    base = {pair_of(row): row["response"] for row in read_responses(f"{args.baseline}/responses.jsonl")}
+    pairs = [pair for pair in ours if pair in base]
+    e.left_out["pairs without a response of Q_BASE"] = len(ours) - len(pairs)
 
     def orders(pair):
         both = ["ours_first", "base_first"]
@@ -393,10 +405,11 @@ def verdicts(e, ours):
             continue                                            # the other order's answer is still to come
         raw = [replies[i][order].text for order in orders(pairs[i])]
         refused = next((reply.refused for reply in replies[i].values() if reply.refused), None)
+        usage = sum((Counter(reply.usage) for reply in replies[i].values()), Counter())
         verdict = combine([read_verdict(text, order) for text, order in zip(raw, orders(pairs[i]))])
         first = rows.save(i, {"turns": e.turns[pairs[i]], "order": "both" if args.both_orders else order,
                               "verdict": verdict, "raw": raw if args.both_orders else raw[0],
-                              **({"refused": refused} if refused else {})})
+                              **({"refused": refused} if refused else {}), **({"usage": usage} if usage else {})})
         if first:
             say(e.processes, "\n" + "\n".join([
                 e.tasks[pairs[i][0]]["task"], e.personas[pairs[i][1]]["persona"], f"ours: {ours[pairs[i]]}",
@@ -409,6 +422,7 @@ def verdicts(e, ours):
     e.left_out["refused verdicts"], e.left_out["unreadable verdicts"] = refused, count[None] - refused
     points = {pair_of(row): {"ours": 1.0, "tie": 0.5, "base": 0.0}[row["verdict"]] for row in given if row["verdict"]}
     if not points:
+        rows.limit_refusals()
         fail(f"{rows.path}: no readable verdict among {len(given)}. Look at `raw` there; then try another --judge, or "
              "a larger --judge-max-tokens.")
     mean, sem, _ = mean_sem(list(points.values()))
@@ -424,19 +438,23 @@ def main():
     def save(rows):
         return write_results(args.results, rows) if e.processes.is_main_process else []
 
+    judged = open_verdicts(e) if args.baseline and "win_rate" in args.metrics else None
     save([])                                                    # finds out now if it can be written, not after the work
     results = log_probs(e) if "log_prob" in args.metrics else []
     save(results)
     if "win_rate" in args.metrics:
         ours = responses(e)
-        results += [verdicts(e, ours)] if args.baseline else []
+        results += [verdicts(e, ours, judged)] if judged else []
     if e.processes.is_main_process:
         rows = [row for row in save(results) if row["split"] == args.split]
         for metric, title in TITLES.items():
             print(*table(rows, metric, title), sep="\n")
     left_out = ", ".join(f"{count} {what}" for what, count in e.left_out.items() if count) or "nothing"
+    usage = judged.tally()[1] if judged else {}
     say(e.processes, f"{args.output}: {len(e.conversations)} conversations of {len(e.turns)} pairs, {len(results)} "
-                     f"means written to {args.results}; left out: {left_out}")
+                     f"means written to {args.results}; left out: {left_out}{spent(args, usage)}")
+    if judged:
+        judged.limit_refusals()
 
 
 if __name__ == "__main__":

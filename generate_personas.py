@@ -17,9 +17,9 @@ import random
 import re
 from collections import Counter
 
-from common import (Request, Rows, add_local_flags, add_server_flags, fail, fingerprint, fraction, model_name,
-                    open_model, positive, progress, read_rows, say, seed_for, stage_parser, start_processes,
-                    temperature)
+from common import (Request, Rows, add_local_flags, add_server_flags, announce, digest, fail, fingerprint, fraction,
+                    letters, model_name, open_model, positive, read_rows, say, seed_for, spent, stage_parser,
+                    start_processes, temperature)
 
 SYSTEM_PROMPT = (
     "You are a helpful AI assistant, particularly skilled at writing creative, diverse personas in the form of "
@@ -71,17 +71,6 @@ def why_not(persona, name, taken):
         return "text taken"
 
 
-def in_order(replies):
-    """Yields (index, reply) by rising index, each as soon as all before it are there: acceptance depends on what was
-    accepted before, so it must not depend on which answer was fastest."""
-    waiting, following = {}, 0
-    for index, reply in replies:
-        waiting[index] = reply
-        while following in waiting:
-            yield following, waiting.pop(following)
-            following += 1
-
-
 def read_examples(path):
     """The example personas as texts: a JSONL file with `persona`, or PRODIGy's characters.json."""
     if not path.endswith(".json"):
@@ -129,43 +118,58 @@ def main():
     args = parse_args()
     examples = read_examples(args.examples)
     processes = start_processes(args.model)
-    rows = Rows(args.output, ("persona_id",), {
+    settings = {
         "stage": "generate_personas", "model": model_name(args.model), "system_prompt": SYSTEM_PROMPT,
         "prompt": PROMPT, "examples": fingerprint(args.examples), "temperature": args.temperature, "top_p": args.top_p,
         "max_tokens": args.max_tokens, "system": args.system, "extra": args.extra, "dtype": args.dtype,
-        "seed": args.seed}, processes)
+        "seed": args.seed}
+    rows = Rows(args.output, ("persona_id",), settings, processes)
+    # Every reply is kept as it comes: it was paid for, and who is accepted depends on the order of the personas, not
+    # on which reply was fastest.
+    replies = Rows(args.output.removesuffix(".jsonl") + ".replies.jsonl", ("persona_id", "attempt"),
+                   {**settings, "stage": "generate_personas, replies"}, processes, args.max_refused)
 
     wanted = args.splits
     if args.limit is not None:
         wanted = sorted(wanted, key=lambda w: seed_for(args.seed, "limit", w[0]))[:args.limit]
         wanted = [w for w in args.splits if w in wanted]
     missing = [w for w in wanted if (w[0],) not in rows]
-    taken, rejected, calls = list(rows.read()), Counter(), 0
-    model = open_model(args.model, args, processes) if missing else None
-    bar = progress(len(wanted), "personas", processes, done=len(wanted) - len(missing))
+    taken, rejected, model = list(rows.read()), Counter(), None
     for attempt in range(args.attempts):
-        if not missing:
-            break
-        requests = [persona_request(examples, seed_for(args.seed, persona_id, attempt)) for persona_id, _ in missing]
-        asked, missing = missing, []
-        for i, reply in in_order(model.generate(requests, args.temperature, args.top_p, args.max_tokens)):
-            name = name_in(reply.text)
-            why = "refused" if reply.refused else "cut" if reply.cut else why_not(reply.text, name, taken)
-            calls += 1
+        keys = [(persona_id, attempt) for persona_id, _ in missing]
+        requests = [persona_request(examples, seed_for(args.seed, *key)) for key in keys]
+        done = replies.plan(keys, [digest(request.chat) for request in requests], f"personas, attempt {attempt + 1}")
+        if attempt == 0:
+            calls = [letters(request.chat) for key, request in zip(keys, requests) if key not in replies]
+            announce(processes, args, args.model, calls, args.max_tokens, [rows, replies])
+        if len(done) < len(keys):
+            model = model or open_model(args.model, args, processes)
+            for i, reply in model.generate(requests, args.temperature, args.top_p, args.max_tokens, done, processes):
+                if replies.save(i, {"reply": reply.text, **reply.marks()}):
+                    say(processes, f"\n{keys[i][0]}: {reply.text}\n")
+        replies.finish()
+
+        answers, asked, missing = {(row["persona_id"], row["attempt"]): row for row in replies.read()}, missing, []
+        for (persona_id, split), key in zip(asked, keys):
+            answer = answers[key]
+            text, name = answer["reply"], name_in(answer["reply"])
+            why = "refused" if "refused" in answer else "cut" if "cut" in answer else why_not(text, name, taken)
             if why:
                 rejected[why] += 1
-                missing.append(asked[i])
-                continue
-            taken.append({"persona_id": asked[i][0], "split": asked[i][1], "name": name, "persona": reply.text})
-            rows.add(taken[-1:])
-            bar.update()
-            if len(taken) == 1:
-                say(processes, f"\n{asked[i][0]} {name}: {reply.text}\n")
-    bar.close()
+                missing.append((persona_id, split))
+            else:
+                taken.append({"persona_id": persona_id, "split": split, "name": name, "persona": text})
+                if processes.is_main_process:
+                    rows.add(taken[-1:])
+        if not missing:
+            break
     if not missing:                                             # else the next run goes on with the parts
         rows.finish()
-    again = ", ".join(f"{count} {why}" for why, count in sorted(rejected.items())) or "none"
-    say(processes, f"{args.output}: {len(taken)} personas; {calls} calls now, asked again: {again}")
+    count, usage = replies.tally()
+    again = ", ".join(f"{number} {why}" for why, number in sorted(rejected.items()))
+    say(processes, f"{args.output}: {len(taken)} personas from {count} replies{again and f'; asked again: {again}'}"
+                   f"{spent(args, usage)}")
+    replies.limit_refusals()
     if missing:
         say(processes, f"{len(missing)} of {len(wanted)} personas are still missing after {args.attempts} attempts "
                        "each: start again with more --attempts, or with another --model.")

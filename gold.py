@@ -16,9 +16,9 @@ On a laptop, with the embedded world's server (toy/server.py) running:
 The paper's scale, 2 x 250 x 50 + 50 x 10 = 25,500 calls:
     python gold.py --oracle openai:MODEL --personas runs/paper/personas.jsonl --output runs/paper/gold.jsonl
 """
-from common import (Request, Rows, add_local_flags, add_server_flags, all_pairs, digest, fraction, model_name,
-                    open_model, positive, read_personas, read_tasks, say, seed_for, stage_parser, start_processes,
-                    temperature)
+from common import (Request, Rows, add_local_flags, add_server_flags, all_pairs, announce, digest, fraction, letters,
+                    model_name, open_model, positive, read_personas, read_tasks, say, seed_for, spent, stage_parser,
+                    start_processes, temperature)
 
 SYSTEM_PROMPT = (
     "You are a helpful AI assistant, particularly skilled at providing personalized, satisfying answers to users "
@@ -67,24 +67,28 @@ def main():
     rows = Rows(args.output, ("task_id", "persona_id"), {
         "stage": "gold", "oracle": model_name(args.oracle), "system_prompt": SYSTEM_PROMPT, "prompt": PROMPT,
         "temperature": args.temperature, "top_p": args.top_p, "max_tokens": args.max_tokens, "extra": args.extra,
-        "system": args.system, "dtype": args.dtype, "seed": args.seed}, processes)
+        "system": args.system, "dtype": args.dtype, "seed": args.seed}, processes, args.max_refused)
 
     keys = [(task["task_id"], persona["persona_id"]) for task, persona in pairs]
     requests = [Request(oracle_chat(persona["persona"], task["task"]), seed_for(args.seed, "gold", *key))
                 for (task, persona), key in zip(pairs, keys)]
 
     done = rows.plan(keys, [digest(request.chat) for request in requests], "gold responses")
+    announce(processes, args, args.oracle, [letters(request.chat) for i, request in enumerate(requests)
+                                            if i not in done], args.max_tokens, [rows])
     if len(done) < len(keys):
         oracle = open_model(args.oracle, args, processes)
         for i, reply in oracle.generate(requests, args.temperature, args.top_p, args.max_tokens, done, processes):
-            refused = reply.refused or ("" if reply.text else "empty")
-            first = rows.save(i, {"split": pairs[i][0]["split"], "gold": reply.text,
-                                  **({"refused": refused} if refused else {}), **({"cut": True} if reply.cut else {})})
+            if not reply.text and not reply.refused:
+                reply = reply._replace(refused="empty")         # an empty gold would make any conversation the best
+            first = rows.save(i, {"split": pairs[i][0]["split"], "gold": reply.text, **reply.marks()})
             if first:
                 say(processes, f"\n{pairs[i][0]['task']}\n{pairs[i][1]['persona']}\n-> {reply.text}\n")
     rows.finish()
-    total, refused, cut = rows.tally("refused", "cut")
-    say(processes, f"{args.output}: {total} gold responses, {refused} refused, {cut} cut at {args.max_tokens} tokens")
+    total, refused, cut, usage = rows.tally("refused", "cut")
+    say(processes, f"{args.output}: {total} gold responses, {refused} refused, {cut} cut at {args.max_tokens} tokens"
+                   f"{spent(args, usage)}")
+    rows.limit_refusals()
 
 
 if __name__ == "__main__":

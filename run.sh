@@ -11,6 +11,8 @@
 #   LIMIT=n      a seeded sample of n (task, persona) pairs of each split: a trial before a large run
 #   BASE=folder  another Q_BASE
 #   SIMULATE_FLAGS, SELECT_FLAGS, TRAIN_FLAGS, EVALUATE_FLAGS     more flags for these stages
+#   SERVER_FLAGS more flags for all stages that ask a server: --concurrency, --timeout, --prices, --max-refused
+#   FAULTS=JSON  how often the embedded world's server fails (python toy/server.py --help)
 #
 # A run that was interrupted goes on where it stopped: start it again with the same words.
 set -eo pipefail
@@ -88,7 +90,7 @@ paper)                                          # the published run's settings a
     grep -q "\"split\": \"$SPLIT\"" "$TASKS" || refuse "no task of split $SPLIT in $TASKS"
     ;;
 *)
-    sed -n '2,15s/^# \{0,1\}//p' "$0" >&2
+    sed -n '2,17s/^# \{0,1\}//p' "$0" >&2
     exit 2
     ;;
 esac
@@ -111,7 +113,7 @@ done
 if [ "$MODE" != paper ]; then
     mkdir -p "$RUN"
     rm -f "$RUN/server.url"
-    python toy/server.py --port 0 --port-file "$RUN/server.url" --end-with-parent &
+    python toy/server.py --port 0 --port-file "$RUN/server.url" --end-with-parent ${FAULTS:+--faults "$FAULTS"} &
     server=$!
     trap 'kill $server 2>/dev/null || true' EXIT
     trap 'exit 130' INT TERM
@@ -130,11 +132,11 @@ fi
 
 DATA=(--tasks "$TASKS" --personas "$RUN/personas.jsonl" --seed "$SEED" ${LIMIT:+--limit "$LIMIT"})
 GOLD=(--gold "$RUN/gold.jsonl" --base "$BASE")
-SIMULATE=($LAUNCH simulate.py "${DATA[@]}" "${MODEL[@]}" "${ANSWER[@]}" $SIMULATE_FLAGS)
+SIMULATE=($LAUNCH simulate.py "${DATA[@]}" "${MODEL[@]}" "${ANSWER[@]}" $SERVER_FLAGS $SIMULATE_FLAGS)
 SELECT=($LAUNCH select.py "${DATA[@]}" "${GOLD[@]}" "${MODEL[@]}" "${ANSWER[@]}" $SELECT_FLAGS)
 TRAIN=($LAUNCH_TRAINING train.py "${DATA[@]}" "${GOLD[@]}" "${MODEL[@]}" "${LEARN[@]}" $TRAIN_FLAGS)
 EVALUATE=($LAUNCH evaluate.py "${DATA[@]}" "${GOLD[@]}" "${MODEL[@]}" "${ANSWER[@]}" --split "$SPLIT"
-          --results "$RUN/results.jsonl" $EVALUATE_FLAGS)
+          --results "$RUN/results.jsonl" $SERVER_FLAGS $EVALUATE_FLAGS)
 JUDGED=(--judge "$JUDGE" --extra "$EXTRA" --baseline)       # the folder of Q_BASE's evaluation follows
 
 # test_talk MODEL ROLEPLAYER FOLDER: Q_t's conversations on the test split
@@ -193,8 +195,9 @@ expert_iteration() {
 
 # Line 1, the input: personas U and gold responses G. (The tasks T are there.)
 python generate_personas.py --model "$WRITER" --extra "$EXTRA" --splits $PERSONA_SPLITS --seed "$SEED" \
-    --output "$RUN/personas.jsonl"
-python gold.py "${DATA[@]}" --oracle "$ORACLE" --extra "$EXTRA" --split A B "$SPLIT" --output "$RUN/gold.jsonl"
+    --output "$RUN/personas.jsonl" $SERVER_FLAGS
+python gold.py "${DATA[@]}" --oracle "$ORACLE" --extra "$EXTRA" --split A B "$SPLIT" --output "$RUN/gold.jsonl" \
+    $SERVER_FLAGS
 
 test_talk "$BASE" "$ROLEPLAYER" "$RUN/base"
 evaluate main 0 "$BASE" "$RUN/base" "$RUN/base"

@@ -205,7 +205,7 @@ def main():
         say(processes, "\n" + "\n".join([
             tasks[row["task_id"]]["task"], *(f"{turn['role']}: {turn['content']}" for turn in row["conversation"]),
             f"response: {row['response']}", f"log p(gold) = {row['gold_log_prob']:.2f}, chosen from {others}"]) + "\n")
-    total, cut = output.tally("cut_response")
+    total, cut, _ = output.tally("cut_response")
     scored = [p for c in log_probs.values() for p in c.values() if p is not None]
     kept = [row["gold_log_prob"] for row in chosen]
     say(processes, f"{args.output}: {total} conversations kept, mean log p(gold) {sum(kept) / max(1, len(kept)):.2f} "

@@ -15,14 +15,17 @@ The Questioner is told the user's name and the task, and to ask; it never sees t
 
 On a laptop, with the embedded world's server (toy/server.py) running:
     python simulate.py --questioner toy/base --roleplayer openai:roleplayer@http://127.0.0.1:8765/v1 --dtype float32 \\
-        --tasks runs/t.jsonl --personas runs/p.jsonl --split A --limit 20 --output runs/c.jsonl
+        --tasks runs/t.jsonl --personas runs/p.jsonl --split A --limit 20 --max-tokens 64 --output runs/c.jsonl
 The paper's scale, 250 x 50 x 10 = 125,000 conversations (and the Roleplayer on a server of its own):
     accelerate launch simulate.py --roleplayer openai:mistralai/Mixtral-8x7B-Instruct-v0.1@http://host:8000/v1 \\
         --personas runs/paper/personas.jsonl --split A --output runs/paper/base/conversations.jsonl
 """
-from common import (Request, Rows, add_local_flags, add_server_flags, all_pairs, digest, fail, fraction,
-                    key_of, local_model, model_name, open_model, positive, progress, read_personas, read_tasks, say,
-                    seed_for, stage_parser, start_processes, temperature)
+from collections import Counter
+
+from common import (LocalModel, Request, Rows, add_local_flags, add_server_flags, advance, all_pairs, announce, digest,
+                    fail, fraction, key_of, letters, local_model, model_name, open_model, pair_of, positive, progress,
+                    prompt_ids, read_personas, read_tasks, say, seed_for, spent, stage_parser, start_processes,
+                    temperature)
 
 ELICITATION_PROMPT = (
     "A user named {name} has approached you with a request for help. The user's preferences, background and "
@@ -95,7 +98,8 @@ def roleplayer_chat(persona, task, conversation):
 def simulate(rows, ask, answer):
     """Advances all conversations together, turn by turn, so that each step is one batch.
 
-    rows: dicts with `turns` (how many questions), `conversation` ([], filled here), and what `ask` and `answer` need.
+    rows: dicts with `turns` (how many questions), `conversation` ([], filled here), `cut` (0) and `usage` (Counter(),
+    counted here), and what `ask` and `answer` need.
     ask, answer: (rows, turn) -> iterator of (index into rows, Reply) by the Questioner and the Roleplayer.
     A conversation in which a model declines ends there, and its row gets `refused`.
     """
@@ -103,6 +107,7 @@ def simulate(rows, ask, answer):
         for role, speak in (("assistant", ask), ("user", answer)):
             alive = [row for row in rows if row["turns"] > turn and "refused" not in row]
             for i, reply in speak(alive, turn) if alive else ():
+                alive[i]["usage"].update(reply.usage or {})
                 if reply.refused:
                     alive[i]["refused"] = f"{role}, turn {turn + 1}: {reply.refused}"
                 else:
@@ -155,11 +160,12 @@ def main():
         "roleplayer_prompt": ROLEPLAYER_PROMPT, "n": args.samples, "K": args.max_turns,
         "temperature": args.temperature, "top_p": args.top_p,
         "roleplayer_temperature": args.roleplayer_temperature, "max_tokens": args.max_tokens, "dtype": args.dtype,
-        "system": args.system, "extra": args.extra, "seed": args.seed}, processes)
+        "system": args.system, "extra": args.extra, "seed": args.seed}, processes, args.max_refused)
 
     rows = [{"task_id": task["task_id"], "persona_id": persona["persona_id"], "sample": sample, "split": args.split,
              "turns": number_of_turns(task["task_id"], persona["persona_id"], args.max_turns, args.seed),
-             "conversation": [], "cut": 0, "inputs": digest(task["task"], persona["name"], persona["persona"])}
+             "conversation": [], "cut": 0, "usage": Counter(),
+             "inputs": digest(task["task"], persona["name"], persona["persona"])}
             for task, persona in pairs for sample in range(args.samples)]
     output.check([key_of(row) for row in rows], [row["inputs"] for row in rows])
     rows.sort(key=lambda row: row["turns"])                     # stable; the rows of a block stay alive equally long
@@ -167,38 +173,57 @@ def main():
     blocks = [rows[i:i + size] for i in range(0, len(rows), size)]
     todo = [block for block in blocks if not all(key_of(row) in output for row in block)]
 
+    def seen_by_questioner(row):
+        return questioner_chat(prompt, personas[row["persona_id"]]["name"], tasks[row["task_id"]]["task"],
+                               row["conversation"])
+
+    def seen_by_roleplayer(row):
+        return roleplayer_chat(personas[row["persona_id"]]["persona"], tasks[row["task_id"]]["task"],
+                               row["conversation"])
+
+    # A prompt holds all turns before it, each of at most --max-tokens, of four characters.
+    first = {pair_of(row): letters(seen_by_roleplayer(row)) for block in todo for row in block}
+    announce(processes, args, args.roleplayer, [
+        first[pair_of(row)] + (2 * turn + 1) * args.max_tokens * 4
+        for block in todo for row in block for turn in range(row["turns"])], args.max_tokens, [output])
+
     def open_models():
         questioner = open_model(args.questioner, args, processes)
         roleplayer = questioner if args.roleplayer == args.questioner else open_model(args.roleplayer, args, processes)
+        turns = max(row["turns"] for block in todo for row in block)
+        for model, seen, said in ((questioner, seen_by_questioner, 2 * turns - 1),
+                                  (roleplayer, seen_by_roleplayer, 2 * turns)):
+            if isinstance(model, LocalModel):                   # found out now, not in the third turn
+                longest = max((seen(row) for block in todo for row in block[::args.samples]), key=letters)
+                model.fits(len(prompt_ids(model.tokenizer, longest)) + said * args.max_tokens)
 
         def ask(alive, turn):
-            chats = [questioner_chat(prompt, personas[row["persona_id"]]["name"], tasks[row["task_id"]]["task"],
-                                     row["conversation"]) for row in alive]
-            seeds = [seed_for(args.seed, "ask", *key_of(row), turn) for row in alive]
-            return questioner.generate(list(map(Request, chats, seeds)), args.temperature, args.top_p, args.max_tokens)
+            requests = [Request(seen_by_questioner(row), seed_for(args.seed, "ask", *key_of(row), turn))
+                        for row in alive]
+            return questioner.generate(requests, args.temperature, args.top_p, args.max_tokens)
 
         def answer(alive, turn):
-            chats = [roleplayer_chat(personas[row["persona_id"]]["persona"], tasks[row["task_id"]]["task"],
-                                     row["conversation"]) for row in alive]
-            seeds = [seed_for(args.seed, "answer", *key_of(row), turn) for row in alive]
-            return roleplayer.generate(list(map(Request, chats, seeds)), args.roleplayer_temperature, args.top_p,
-                                       args.max_tokens)
+            requests = [Request(seen_by_roleplayer(row), seed_for(args.seed, "answer", *key_of(row), turn))
+                        for row in alive]
+            return roleplayer.generate(requests, args.roleplayer_temperature, args.top_p, args.max_tokens)
         return ask, answer
 
     speakers = open_models() if todo else None
     bar = progress(len(rows), "conversations", processes, done=len(rows) - sum(map(len, todo)))
     for number, block in enumerate(todo[processes.process_index::processes.num_processes]):
         simulate(block, *speakers)
-        output.add({name: value for name, value in row.items() if name != "cut" or value} for row in block)
-        bar.update(len(block) * processes.num_processes)
+        output.add({name: value for name, value in row.items() if value or name not in ("cut", "usage")}
+                   for row in block)
+        advance(bar, len(block), processes)
         if number == 0:
             lines = [f"{turn['role']}: {turn['content']}" for turn in block[0]["conversation"]]
             say(processes, "\n" + "\n".join([tasks[block[0]["task_id"]]["task"], *lines]) + "\n")
     bar.close()
     output.finish()
-    total, refused, cut = output.tally("refused", "cut")
+    total, refused, cut, usage = output.tally("refused", "cut")
     say(processes, f"{args.output}: {total} conversations, {refused} refused, {cut} with a turn cut at "
-                   f"{args.max_tokens} tokens; {sum(map(len, todo))} simulated now")
+                   f"{args.max_tokens} tokens; {sum(map(len, todo))} simulated now{spent(args, usage)}")
+    output.limit_refusals()
 
 
 if __name__ == "__main__":

@@ -29,10 +29,11 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError
 
 from common import (add_dtype_flag, claim, digest, fail, known, load_model, load_tokenizer, local_model, model_name,
                     not_negative, pair_of, positive, progress, read_conversations, read_gold, read_personas, read_tasks,
-                    response_form, sample_pairs, say, stage_parser, start_processes, training_examples)
+                    response_form, sample_pairs, say, stage_parser, start_processes, training_examples, writing)
 
 
 def example_chat(name, task, conversation, response=None):
@@ -164,7 +165,7 @@ def main():
     epochs = [epoch_batches([len(ids) for ids, _ in examples], args.batch_size, generator) for _ in range(args.epochs)]
     batches = [batch for epoch in epochs for batch in epoch]
     say(processes, f"{len(examples)} examples + {len(validation)} held out ({left_out}); batch {args.batch_size} = "
-                   f"{args.micro_batch_size} x accumulation {accumulation} x {world} processes; {len(batches)} steps")
+                   f"{math.ceil(args.batch_size / (accumulation * world))} x accumulation {accumulation} x {world} processes; {len(batches)} steps")
     say(processes, "Supervised, in the first example:",
         json.dumps(tokenizer.decode([label for label in examples[0][1] if label != -100]), ensure_ascii=False))
 
@@ -231,9 +232,13 @@ def main():
         unfinished = f"{args.output}.tmp"
         shutil.rmtree(unfinished, ignore_errors=True)
         state = {name: weight.to(getattr(torch, args.dtype)) for name, weight in state.items()}
-        accelerator.unwrap_model(model).save_pretrained(unfinished, state_dict=state)
-        tokenizer.save_pretrained(unfinished)
-        os.replace(unfinished, args.output)                     # whole or not at all
+        with writing(args.output, SafetensorError):
+            try:
+                accelerator.unwrap_model(model).save_pretrained(unfinished, state_dict=state)
+                tokenizer.save_pretrained(unfinished)
+                os.replace(unfinished, args.output)             # whole or not at all
+            finally:
+                shutil.rmtree(unfinished, ignore_errors=True)
         claimed.close()
     processes.wait_for_everyone()
     say(processes, f"{args.output}: {len(batches)} steps, loss {losses[0]:.3f} -> {losses[-1]:.3f} nats a token, held "

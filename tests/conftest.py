@@ -19,6 +19,17 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 torch.set_num_threads(1)
 
+def pytest_configure(config):
+    config.addinivalue_line("markers", "slow: many repetitions; run by `python -m pytest -m slow`")
+
+
+def pytest_collection_modifyitems(config, items):
+    if "slow" not in config.option.markexpr:
+        slow = [item for item in items if item.get_closest_marker("slow")]
+        config.hook.pytest_deselected(items=slow)
+        items[:] = [item for item in items if item not in slow]
+
+
 # The turn marks of four families of models, written from their published formats: (template, special tokens, bos, eos).
 TEMPLATES = {
     "mistral": (
@@ -149,7 +160,8 @@ def run(monkeypatch, capfd):
 
 @pytest.fixture
 def server():
-    """An OpenAI-compatible server that keeps every request; `server.reply(request) -> (status, answer or text)`."""
+    """An OpenAI-compatible server that keeps every request; `server.reply(request) -> (status, answer or text)`;
+    with `server.usage` each call costs 100 and 7 tokens."""
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
 
@@ -160,6 +172,8 @@ def server():
             if isinstance(answer, str):
                 answer = {"id": "x", "object": "chat.completion", "created": 0, "model": request["model"], "choices": [
                     {"index": 0, "finish_reason": "stop", "message": {"role": "assistant", "content": answer}}]}
+                if http.usage:
+                    answer["usage"] = {"prompt_tokens": 100, "completion_tokens": 7, "total_tokens": 107}
             body = json.dumps(answer).encode()
             self.send_response(status)
             self.send_header("Content-Type", "application/json")
@@ -172,7 +186,7 @@ def server():
 
     http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     http.daemon_threads, http.handle_error = True, lambda *_: None      # a client that hangs up is no news
-    http.requests, http.reply = [], lambda request: (200, "Yes.")
+    http.requests, http.reply, http.usage = [], lambda request: (200, "Yes."), False
     http.url = f"http://127.0.0.1:{http.server_address[1]}/v1"
     threading.Thread(target=http.serve_forever, daemon=True).start()
     yield http
@@ -182,10 +196,10 @@ def server():
 class World:
     """A small data set in a folder: 4 tasks and 3 personas in each of two splits, with a gold response for each pair."""
 
-    def __init__(self, folder):
+    def __init__(self, folder, tasks=4):
         self.folder = folder
         self.tasks = [{"task_id": f"{s}{i}", "split": s, "task": f"Help me with thing {i} of {s}."}
-                      for s in ("A", "test") for i in range(4)]
+                      for s in ("A", "test") for i in range(tasks)]
         self.personas = [{"persona_id": f"{s}p{i}", "split": s, "name": name, "persona": f"I'm {name}. I like {like}."}
                          for s, names in (("A", ("Ann", "Bob", "Cid")), ("test", ("Dee", "Eve", "Fay")))
                          for i, (name, like) in enumerate(zip(names, ("tea", "soup", "pie")))]

@@ -338,7 +338,8 @@ def test_refusals_are_replies(server):
             {"index": 0, "finish_reason": {1: "content_filter", 2: "stop", 3: "length"}[which], "message": message}]}
     server.reply = reply
     assert [(r.refused, r.cut) for r in ask(server, [Request(CHATS[0], i) for i in range(4)])] == [
-        ("content_filter (prompt)", False), ("content_filter (answer)", False), ("I cannot", False), (None, True)]
+        ("content_filter (prompt)", False), ("content_filter (answer)", False), ("I cannot", False),
+        ("empty, cut before it began: raise the limit of tokens", False)]
 
 
 def test_passing_errors_are_repeated_and_lasting_ones_end_the_program(server, capsys):

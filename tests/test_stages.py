@@ -84,7 +84,7 @@ def test_the_projects_own_data():
 def test_gold_covers_all_pairs_and_records_refusals(run, server, world):
     server.reply = lambda request: (200, "" if "thing 2" in request["messages"][1]["content"] else "  Gold. ")
     flags = ["--oracle", f"openai:m@{server.url}", *world.flags("tasks", "personas"), "--output", world.path("g.jsonl")]
-    out, _ = run(gold, *flags, "--split", "A", "test")
+    out, _ = run(gold, *flags, "--split", "A", "test", "--max-refused", 0.25)
     rows = read_lines(world.path("g.jsonl"))
     assert {(r["task_id"], r["persona_id"], r["split"]) for r in rows} == {
         (g["task_id"], g["persona_id"], g["split"]) for g in world.gold}
@@ -180,7 +180,7 @@ def test_rows_do_not_depend_on_batch_size_or_limit(run, world, tiny, server):
 def test_a_refused_answer_ends_the_conversation_and_is_recorded(run, world, tiny, server):
     server.reply = lambda request: (200, "Yes.") if "I'm Ann" not in request["messages"][1]["content"] else (
         400, {"error": {"message": "filtered", "code": "content_filter"}})
-    out, _ = run(simulate, *simulate_flags(world, tiny, server))
+    out, _ = run(simulate, *simulate_flags(world, tiny, server), "--max-refused", 0.5)
     for row in read_lines(world.path("c.jsonl")):
         assert ("refused" in row) == (row["persona_id"] == "Ap0")
         assert row.get("refused", "user, turn 1: content_filter (prompt)") == "user, turn 1: content_filter (prompt)"
@@ -446,22 +446,24 @@ def test_evaluation_from_end_to_end(run, world, tiny, server):
         "q_experimental": 22, "q_random": 22, "negative_control": 11, "positive_control": 11}
     assert not os.path.exists(world.path("e0/verdicts.jsonl")) and len(read_lines(world.path("e0/responses.jsonl"))) == 12
 
-    def reply(request):                                          # likes whatever stands first; sometimes says nothing
+    def reply(request):                                          # likes whatever stands first; or says neither, or nothing
         text = request["messages"][1]["content"]
-        return 200, "" if "thing 3" in text else "Comparison: ...\nFinal Response: A"
+        return 200, {"3": "Neither.", "2": ""}.get(text.split("thing ")[1][0], "Comparison: ...\nFinal Response: A")
     server.reply = reply
     flags = evaluate_flags(world, tiny, "e1", "--iteration", 1, "--baseline", world.path("e0"), "--judge",
-                           f"openai:j@{server.url}")
+                           f"openai:j@{server.url}", "--max-refused", 0.25)
     out, _ = run(evaluate, *flags)
     verdicts = read_lines(world.path("e1/verdicts.jsonl"))
     assert len(verdicts) == 12 and {row["order"] for row in verdicts} == {"ours_first", "base_first"}
     for row in verdicts:
-        assert row["verdict"] == (None if row["task_id"] == "test3" else row["order"].removesuffix("_first"))
+        assert row["verdict"] == (None if row["task_id"] in ("test2", "test3") else row["order"].removesuffix("_first"))
+        assert ("refused" in row) == (row["task_id"] == "test2")
     results = {(row["metric"], row["condition"], row["iteration"]): row for row in read_lines(world.path("results.jsonl"))}
     win = results["win_rate", "", 1]
     ours = sum(row["verdict"] == "ours" for row in verdicts)
-    assert (win["n"], win["wins"], win["unreadable"], win["mean"]) == (9, ours, 3, pytest.approx(ours / 9))
-    assert "3 unreadable verdicts" in out and win["variant"] == "main" and win["roleplayer"] == "stub"
+    assert (win["n"], win["wins"], win["unreadable"], win["refused_verdicts"], win["mean"]) == (
+        6, ours, 3, 3, pytest.approx(ours / 6))
+    assert "3 refused verdicts, 3 unreadable verdicts" in out and win["variant"] == "main" and win["roleplayer"] == "stub"
 
     gain = results["gold_log_prob_gain", "q_experimental", 1]    # by numpy, from the rows on disk
     means = []
@@ -487,24 +489,7 @@ def test_evaluation_from_end_to_end(run, world, tiny, server):
     both = read_lines(world.path("both/verdicts.jsonl"))
     assert {row["verdict"] for row in both} == {"tie", None} and all(len(row["raw"]) == 2 for row in both)
     row = [row for row in read_lines(world.path("results.jsonl")) if row["variant"] == "both"]
-    assert [(r["metric"], r["mean"], r["ties"], r["n"]) for r in row] == [("win_rate", 0.5, 9, 9)]
-
-
-def test_two_processes_evaluate_as_one_and_ask_the_judge_once(run, world, tiny, server):
-    for name, word in (("e0", "red"), ("e1", "blue"), ("two", "blue")):
-        write_rows(world.path(f"{name}.jsonl"), world.conversations("test", word=word))
-    run(evaluate, *evaluate_flags(world, tiny, "e0", "--iteration", 0))
-    server.reply = lambda request: (200, "Final Response: " + "AB"[request["seed"] % 2])
-    judged = ["--iteration", 1, "--baseline", world.path("e0"), "--judge", f"openai:j@{server.url}", "--both-orders"]
-    run(evaluate, *evaluate_flags(world, tiny, "e1", *judged))
-    assert len(server.requests) == 24
-    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "evaluate.py", *map(
-        str, evaluate_flags(world, tiny, "two", *judged))], cwd=ROOT, capture_output=True, text=True, env={
-            **os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"})
-    assert done.returncode == 0, done.stderr
-    assert len(server.requests) == 48 and done.stdout.count("Win rate against Q_BASE") == 1
-    for file in ("log_probs", "responses", "verdicts"):
-        assert open(world.path(f"two/{file}.jsonl")).read() == open(world.path(f"e1/{file}.jsonl")).read()
+    assert [(r["metric"], r["mean"], r["ties"], r["n"]) for r in row] == [("win_rate", 0.5, 6, 6)]
 
 
 def test_a_baseline_with_another_roleplayer_is_refused(run, world, tiny, server):

@@ -1,6 +1,5 @@
 """Training: what is learned from, the loss, its gradients, and that Q_BASE stays as it is."""
 import hashlib
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -10,7 +9,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import common
 import train
-from conftest import END_OF_TURN, TEMPLATES, make_model, make_tokenizer, run_stage, save_model, write_rows
+from conftest import END_OF_TURN, TEMPLATES, make_model, make_tokenizer, save_model, write_rows
 
 TALK = [{"role": "assistant", "content": "Green or black?"}, {"role": "user", "content": "Green."},
         {"role": "assistant", "content": "Hot?"}, {"role": "user", "content": "Yes."}]
@@ -158,25 +157,6 @@ def test_accumulation_gives_the_same_weights(run, world, tmp_path):
         for name, weight in weights[0].items():
             moved = (weight - start[name]).abs().max()
             assert torch.allclose(weight, other[name], atol=max(1e-6, 0.02 * moved.item())), name
-
-
-def test_two_processes_train_one_model(world, tmp_path):
-    """Two real CPU processes (gloo) with the same global batch: the same loss as one process."""
-    base = save_model(tmp_path / "base")
-    selected(world)
-    import os
-    import subprocess
-    from conftest import ROOT
-    one, _ = run_stage("train.py", *train_flags(world, base, "one", "--micro-batch-size", 4))
-    env = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
-    two = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "train.py", *map(
-        str, train_flags(world, base, "two", "--micro-batch-size", 4))], cwd=ROOT, env=env, capture_output=True, text=True)
-    assert two.returncode == 0, two.stderr
-    assert "4 x accumulation 1 x 2 processes" in two.stdout
-    summary = lambda text: text.split(": 4 steps, ")[-1].strip()
-    assert summary(one) == summary(two.stdout)
-    a, b = (AutoModelForCausalLM.from_pretrained(world.path(name)).state_dict() for name in ("one", "two"))
-    assert all(torch.allclose(a[name], b[name], atol=5e-5) for name in a)
 
 
 def test_bad_selected_rows(run, world, tiny):

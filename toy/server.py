@@ -6,6 +6,7 @@ the stage's own template around, so a changed prompt is refused and not guessed 
 the model, the prompt and the request's integer `seed` alone.
 
     python toy/server.py --port 8765        # prints "serving on http://127.0.0.1:8765/v1"; port 0: any free one
+    python toy/server.py --faults '{"429": 0.1, "dropped": 0.1, "empty": 0.02}'             # as bad as the real world
 
     model              answers with
     persona-writer     a random user: "I'm Anna. My pet is dog. ..."
@@ -134,6 +135,35 @@ def completion(request):
     }
 
 
+PASSING = ("429", "500", "dropped", "stalled", "torn")           # gone when the request is repeated, as a rule
+LASTING = ("empty", "filtered_prompt", "filtered_answer")        # this request always meets them
+
+
+class Faults:
+    """Which request fails, and how: seeded draws with the given shares, {kind: share of the requests}. A lasting fault
+    depends on the request alone, a passing one also on how often the request came before."""
+
+    def __init__(self, shares, seed=0):
+        unknown = set(shares) - {*PASSING, *LASTING}
+        if unknown or not all(0 <= share <= 1 for share in shares.values()):
+            raise ValueError(f"faults are shares from 0 to 1 of {', '.join(PASSING + LASTING)}")
+        self.shares, self.seed, self.asked, self.lock = shares, seed, {}, threading.Lock()
+
+    def draw(self, body):
+        """The fault that a request (bytes) meets now, or None."""
+        if not self.shares:
+            return None
+        request = hashlib.sha256(body).hexdigest()
+        with self.lock:
+            times = self.asked[request] = self.asked.get(request, -1) + 1
+        for kinds, occasion in ((PASSING, times), (LASTING, "always")):
+            u = random.Random(f"{self.seed} {request} {occasion}").random()
+            for kind in kinds:
+                u -= self.shares.get(kind, 0)
+                if u < 0:
+                    return kind
+
+
 class Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"  # keep-alive: one connection serves many requests
     disable_nagle_algorithm = True  # header and body are two writes; Nagle would hold the second for 40 ms
@@ -151,20 +181,39 @@ class Handler(BaseHTTPRequestHandler):
     def do_POST(self):
         if self.path != "/v1/chat/completions":
             return self.refuse(404, f"unknown path {self.path}")
-        try:
-            body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
-            self.send(200, completion(json.loads(body)))
-        except ValueError as error:  # Refused, or no JSON
-            self.refuse(400, str(error))
+        body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        fault = self.server.faults.draw(body)
+        if fault == "stalled":
+            time.sleep(self.server.stall)
+        if fault in ("stalled", "dropped"):
+            self.close_connection = True
+        elif fault == "429":
+            self.refuse(429, "too many requests", "rate_limit_exceeded", {"Retry-After": "1"})
+        elif fault == "500":
+            self.refuse(500, "something went wrong")
+        elif fault == "filtered_prompt":  # as Azure says it
+            self.refuse(400, "the prompt triggered the content management policy", "content_filter")
+        else:
+            try:
+                answer = completion(json.loads(body))
+            except ValueError as error:  # Refused, or no JSON
+                return self.refuse(400, str(error))
+            if fault in ("empty", "filtered_answer"):
+                answer["choices"][0]["message"]["content"] = ""
+            if fault == "filtered_answer":
+                answer["choices"][0]["finish_reason"] = "content_filter"
+            self.send(200, answer, torn=fault == "torn")
 
-    def refuse(self, status, reason):
-        self.send(status, {"error": {"message": reason, "type": "invalid_request_error", "param": None, "code": None}})
+    def refuse(self, status, reason, code=None, headers=()):
+        error = {"message": reason, "type": "invalid_request_error", "param": None, "code": code}
+        self.send(status, {"error": error}, headers=headers)
 
-    def send(self, status, content):
+    def send(self, status, content, torn=False, headers=()):
         body = json.dumps(content).encode()
+        body = body[:len(body) // 2] if torn else body
         self.send_response(status)
-        self.send_header("Content-Type", "application/json")
-        self.send_header("Content-Length", str(len(body)))
+        for name, value in {"Content-Type": "application/json", "Content-Length": len(body), **dict(headers)}.items():
+            self.send_header(name, str(value))
         self.end_headers()
         self.wfile.write(body)
 
@@ -175,6 +224,7 @@ class Handler(BaseHTTPRequestHandler):
 class Server(ThreadingHTTPServer):
     daemon_threads = True  # open connections do not keep the process alive
     request_queue_size = 256  # clients open their connections all at once
+    faults, stall = Faults({}), 30
 
     def handle_error(self, request, client_address):
         if not isinstance(sys.exc_info()[1], ConnectionError):  # a client that hangs up is no news
@@ -192,6 +242,11 @@ def parse_args():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--port", type=int, default=8765, help="0: any free port")
     parser.add_argument("--port-file", help="the URL is written here once the server listens")
+    parser.add_argument("--faults", type=json.loads, default={}, metavar="JSON",
+                        help=f"shares of the requests that fail: {', '.join(PASSING)} (until repeated); "
+                             f"{', '.join(LASTING)} (always)")
+    parser.add_argument("--fault-seed", type=int, default=0, help="which ones")
+    parser.add_argument("--stall", type=float, default=30, help="seconds of silence before a stalled connection ends")
     parser.add_argument("--end-with-parent", action="store_true", help="end when the program that started it is gone")
     return parser.parse_args()
 
@@ -200,6 +255,7 @@ def main():
     args = parse_args()
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # SIGTERM ends it as Ctrl-C does
     server = Server(("127.0.0.1", args.port), Handler)
+    server.faults, server.stall = Faults(args.faults, args.fault_seed), args.stall
     url = f"http://127.0.0.1:{server.server_port}/v1"
     if args.port_file:  # atomically: a reader sees the whole URL or no file
         Path(args.port_file + ".new").write_text(url + "\n")
