@@ -193,10 +193,18 @@ expert_iteration() {
     done                                        # line 7
 }
 
+# launch MODEL: how a stage with this one model starts
+launch() {
+    case $1 in
+    openai:*) echo python ;;                    # a server is asked by one process
+    *) echo "$LAUNCH" ;;
+    esac
+}
+
 # Line 1, the input: personas U and gold responses G. (The tasks T are there.)
-python generate_personas.py --model "$WRITER" --extra "$EXTRA" --splits $PERSONA_SPLITS --seed "$SEED" \
+$(launch "$WRITER") generate_personas.py --model "$WRITER" --extra "$EXTRA" --splits $PERSONA_SPLITS --seed "$SEED" \
     --output "$RUN/personas.jsonl" $SERVER_FLAGS
-python gold.py "${DATA[@]}" --oracle "$ORACLE" --extra "$EXTRA" --split A B "$SPLIT" --output "$RUN/gold.jsonl" \
+$(launch "$ORACLE") gold.py "${DATA[@]}" --oracle "$ORACLE" --extra "$EXTRA" --split A B "$SPLIT" --output "$RUN/gold.jsonl" \
     $SERVER_FLAGS
 
 test_talk "$BASE" "$ROLEPLAYER" "$RUN/base"

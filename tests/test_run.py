@@ -35,7 +35,7 @@ def record(tmp_path):
         for line in out.read_text().splitlines():
             words = line.rstrip("\t").split("\t")
             script, *rest = words[words.index(next(word for word in words if word.endswith(".py"))):]
-            flags, flag = {"": []}, ""
+            flags, flag = {"": [], "launch": words[:words.index(script)]}, ""
             for word in rest:
                 if word.startswith("--"):
                     flag, flags[word] = word, []                   # of a repeated flag the last one counts
@@ -114,6 +114,20 @@ def test_the_papers_run(record):
     assert all(flags["--samples"] == ["10"] and "--limit" not in flags for flags in of(commands, "simulate.py"))
     for flag in ("--lr", "--epochs", "--batch-size", "--temperature", "--max-tokens"):
         assert not any(flag in flags for _, flags in commands), f"{flag}: the stages' defaults are the paper's"
+
+
+def test_one_model_in_every_role(record):
+    """On this machine, on all GPUs; a server is asked by one process."""
+    commands = record("paper", BASE="m", ORACLE="m", ROLEPLAYER="m")
+    assert not any("openai:" in word for _, flags in commands for words in flags.values() for word in words)
+    for script, flag in (("generate_personas", "--model"), ("gold", "--oracle"), ("simulate", "--roleplayer"),
+                         ("evaluate", "--judge")):
+        assert {flags[flag][0] for flags in of(commands, f"{script}.py") if flag in flags} == {"m"}
+        assert all("launch" in flags["launch"] for flags in of(commands, f"{script}.py"))
+    asked = record("paper", ORACLE="openai:o", ROLEPLAYER="m", SERVER_FLAGS="--max-refused 0.1 --concurrency 9")
+    assert all("launch" not in flags["launch"] for name, flags in asked if name in ("generate_personas.py", "gold.py"))
+    assert all((flags.get("--concurrency") == ["9"]) == (name in ("generate_personas.py", "gold.py", "simulate.py",
+                                                                  "evaluate.py")) for name, flags in asked)
 
 
 def test_a_limit_holds_for_every_stage(record):

@@ -9,6 +9,9 @@ import time
 from pathlib import Path
 from urllib.parse import urlsplit
 
+import pytest
+
+from common import pair_of
 from conftest import ROOT, read_lines
 
 
@@ -26,12 +29,19 @@ def is_up(folder):
         return probe.connect_ex((address.hostname, address.port)) == 0
 
 
-def test_smoke_run(tmp_path):
-    begin = time.time()
-    process = start(tmp_path)
+@pytest.fixture(scope="module")
+def smoke(tmp_path_factory):
+    """The folder of a smoke run that nothing disturbed, and its seconds."""
+    folder, begin = tmp_path_factory.mktemp("smoke"), time.time()
+    process = start(folder)
     output, _ = process.communicate(timeout=600)
     assert process.returncode == 0, output[-3000:]
-    assert time.time() - begin < 360, "three minutes on two idle cores; a busy machine may take twice that"
+    return folder, time.time() - begin
+
+
+def test_smoke_run(smoke):
+    tmp_path, seconds = smoke
+    assert seconds < 360, "three minutes on two idle cores; a busy machine may take twice that"
     assert not is_up(tmp_path), "the server must be down again"
     for name in ("personas.jsonl", "gold.jsonl", "base/conversations.jsonl", "base/selected.jsonl",
                  "main/1/model/model.safetensors", "no_reg/1/model/model.safetensors", "main/1/test/verdicts.jsonl",
@@ -61,6 +71,31 @@ def test_smoke_run(tmp_path):
     output, _ = process.communicate(timeout=600)
     assert process.returncode == 0 and "trained already" in output
     assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.safetensors")} == before
+
+
+def test_a_smoke_run_in_which_thirty_percent_of_the_calls_fail(smoke, tmp_path):
+    """Smaller than the other: the pairs of a smaller --limit are among those of a larger one."""
+    faults = {"429": 0.08, "500": 0.08, "dropped": 0.06, "stalled": 0.01, "torn": 0.05, "empty": 0.01,
+              "filtered_prompt": 0.005, "filtered_answer": 0.005}
+    process = start(tmp_path, FAULTS=json.dumps(faults), LIMIT="12", VARIANTS="main",
+                    SERVER_FLAGS="--timeout 2 --max-refused 0.3")
+    output, _ = process.communicate(timeout=600)
+    assert process.returncode == 0, output[-3000:]
+    before = {row["persona_id"]: row for row in read_lines(smoke[0] / "personas.jsonl")}
+    same = {row["persona_id"] for row in read_lines(tmp_path / "personas.jsonl") if row == before[row["persona_id"]]}
+    assert len(same) >= len(before) - 4, "whom a filter refuses is drawn anew"
+    refusals = 0
+    for file in ("gold.jsonl", "base/conversations.jsonl", "base/test.jsonl"):
+        undisturbed = {(*pair_of(row), row.get("sample")): row for row in read_lines(smoke[0] / file)}
+        rows = read_lines(tmp_path / file)
+        refused = [row for row in rows if "refused" in row]
+        refusals += len(refused)
+        assert len(rows) == (36 if file == "gold.jsonl" else 96)
+        assert f"{file}: {len(rows)} " in output and f", {len(refused)} refused" in output.split(f"{file}: ")[1]
+        for row in rows:
+            if "refused" not in row and row["persona_id"] in same:
+                assert row == undisturbed[(*pair_of(row), row.get("sample"))]
+    assert refusals > 0 and (tmp_path / "main/1/test/verdicts.jsonl").exists()
 
 
 def test_ctrl_c_takes_the_server_down(tmp_path):
