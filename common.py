@@ -32,6 +32,18 @@ from urllib.request import getproxies
 import numpy as np
 
 
+def interrupted(kind, error, trace):
+    """Says on Ctrl-C how to go on, instead of a traceback."""
+    if kind is not KeyboardInterrupt:
+        return sys.__excepthook__(kind, error, trace)
+    print("\nInterrupted. What is done is kept: start again with the same flags to go on.", file=sys.stderr, flush=True)
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    signal.raise_signal(signal.SIGINT)                          # ends as Ctrl-C ends a program, and at once
+
+
+sys.excepthook = interrupted
+
+
 def fail(message, status=2):
     """Bad input: one line that says where, what, and what to do; exit status 2."""
     from tqdm import tqdm
@@ -70,7 +82,7 @@ def field_error(value, kind):
     if callable(kind) and not isinstance(kind, type):
         return kind(value)
     kinds = kind if isinstance(kind, tuple) else (kind,)
-    if type(value) not in kinds or value in (float("inf"), float("-inf")):
+    if type(value) not in kinds or type(value) in (int, float) and not abs(value) < 2 ** 53:
         return f"is {json.dumps(value)[:40]}, not {' or '.join(k.__name__ for k in kinds)}"
 
 
@@ -86,8 +98,9 @@ def read_rows(path, fields, key, may_refuse=False):
              "again; it goes on.")
     try:
         file = open(path, "rb")
-    except OSError as error:
-        fail(f"{path}: {error.strerror}. Run the stage that writes this file first, or correct the path.")
+    except (OSError, ValueError) as error:                      # ValueError: a path with a zero byte
+        fail(f"{path}: {getattr(error, 'strerror', error)}. Run the stage that writes this file first, or correct the "
+             "path.")
     with file:
         for number, line in enumerate(file, 1):
             where = f"{path}, line {number}"
@@ -213,6 +226,10 @@ def fingerprint(path):
     return hashlib.sha256(content).hexdigest()[:12]
 
 
+def remove(output):
+    return f"delete {output}, {output}.part-* and {output}.settings.json"
+
+
 def claim(output, settings):
     """Takes an output for this program: returns a file handle that keeps other programs out as long as it is open.
 
@@ -237,12 +254,12 @@ def claim(output, settings):
         try:
             old = dict(json.load(handle))
         except (ValueError, TypeError):
-            fail(f"{path}: not as a stage writes it. Give another --output, or delete {output}*.")
+            fail(f"{path}: not as a stage writes it. Give another --output, or {remove(output)}.")
         differ = [f"{k}: {str(old.get(k))[:60]!r} there, {str(settings.get(k))[:60]!r} now"
                   for k in sorted({*old, *settings}) if old.get(k) != settings.get(k)]
         if differ:
-            fail(f"{output} was made with other settings ({'; '.join(differ)}). Give another --output, or delete "
-                 f"{output}*.")
+            fail(f"{output} was made with other settings ({'; '.join(differ)}). Give another --output, or "
+                 f"{remove(output)}.")
     else:
         with writing(path):
             handle.truncate(0)
@@ -257,13 +274,14 @@ def writing(path, *errors):
     try:
         yield
     except (OSError, *errors) as error:
-        fail(f"{path}: {getattr(error, 'strerror', None) or error}. What was done before is kept: make room, or make the "
-             "folder writable, and start again with the same flags.")
+        fail(f"{path}: {getattr(error, 'strerror', None) or error}. What was done before is kept: make room, or make "
+             "the folder writable, and start again with the same flags.")
 
 
 def write_whole(path, text):
     """Writes a file beside its place and renames it: readers see the old file or the new one, never half of one."""
-    temporary = Path(f"{path}.tmp")
+    path = os.path.realpath(path)                               # a link stays a link
+    temporary = Path(f"{path}.unfinished")
     with writing(path):
         try:
             temporary.write_text(text, encoding="utf-8")
@@ -294,7 +312,11 @@ class Rows:
     def _identity(self, line):
         try:
             row = json.loads(line)
-            return tuple(row[name] for name in self.key), row
+            key = tuple(row[name] for name in self.key)
+            if not all(type(part) in (str, int) for part in key) or type(row.get("refused", "")) is not str:
+                raise TypeError
+            Counter(row.get("usage")).total()
+            return key, row
         except (ValueError, KeyError, TypeError, AttributeError):
             fail(f"{self.path}: holds a line that this stage did not write: {line[:60]!r}. Remove it, or give another "
                  "--output.")
@@ -320,7 +342,7 @@ class Rows:
         for key, now in zip(keys, inputs):
             if self.done.get(key, now) != now:
                 fail(f"{self.path}: its row {key} was made from other inputs than those that are given now: a file "
-                     f"that this stage reads has changed. Give another --output, or delete {self.path}*.")
+                     f"that this stage reads has changed. Give another --output, or {remove(self.path)}.")
 
     def add(self, rows):
         """Saves rows at once; those that are there already are left as they are."""
@@ -409,7 +431,7 @@ class Rows:
 
     def withdraw(self):
         """Leaves nothing behind where nothing was saved: for --dry-run."""
-        if self.processes.is_main_process and not self.done:
+        if self.processes.is_main_process and not (self.path.exists() or unfinished(self.path)):
             os.remove(f"{self.path}.settings.json")
 
 
@@ -425,6 +447,8 @@ def read_results(path):
 
 def write_results(path, rows):
     """Adds rows to results.jsonl; a row for the same combination of RESULT_KEY is replaced. Returns all rows."""
+    if os.path.exists(path) and not os.path.isfile(path):
+        fail(f"{path}: not a file. Give the path of one as --results.")
     try:
         Path(path).parent.mkdir(parents=True, exist_ok=True)
         with open(f"{path}.lock", "a") as lock:                 # evaluations may run side by side
@@ -639,8 +663,11 @@ def read_completion(answer):
     refused = ("content_filter (answer)" if choice.finish_reason == "content_filter" else
                getattr(choice.message, "refusal", None) or
                (None if text else "empty, cut before it began: raise the limit of tokens" if cut else "empty"))
+    if refused:
+        refused = " ".join(str(refused).encode("utf-8", "replace").decode("utf-8").split())
     counted = {name: getattr(usage, name, None) for name in ("prompt_tokens", "completion_tokens")}
-    return Reply("" if refused else text, refused, cut and not refused, None if None in counted.values() else counted)
+    known_usage = all(type(count) is int for count in counted.values())
+    return Reply("" if refused else text, refused, cut and not refused, counted if known_usage else None)
 
 
 def words(error):
@@ -678,9 +705,9 @@ class ServerModel:
         usual = {"temperature": temperature, "top_p": top_p, "max_tokens": max_tokens, "seed": request.seed}
         extra = self.args.extra                                 # {"max_tokens": null} takes an argument away
         try:
-            answer = await self.client.chat.completions.create(
+            answer = await asyncio.wait_for(self.client.chat.completions.create(
                 model=self.name, messages=chat, **{k: v for k, v in usual.items() if k not in extra},
-                extra_body={k: v for k, v in extra.items() if v is not None})
+                extra_body={k: v for k, v in extra.items() if v is not None}), 60 + 10 * self.args.timeout)
             return index, read_completion(answer)
         except openai.BadRequestError as error:
             if error.code == "content_filter":                  # Azure's filter on prompts
@@ -690,17 +717,19 @@ class ServerModel:
         except openai.APIStatusError as error:
             raise ServerError(f"answers {error.status_code}: {words(error)} Correct the key, the model's name or the "
                               "URL (or try --system fold; if it is about an argument, --extra)")
-        except openai.APIConnectionError as error:
-            raise ServerError(f"does not answer ({error}). Start the server, or correct the URL or --timeout")
-        except (ValueError, TypeError, AttributeError, IndexError) as error:
+        except (openai.APIConnectionError, asyncio.TimeoutError) as error:      # the latter: bytes come, but no end
+            raise ServerError(f"does not answer ({error or 'it never ends'}). Start the server, or correct the URL or --timeout")
+        except (ValueError, TypeError, AttributeError, LookupError, RecursionError) as error:
             if attempts == 1:
-                raise ServerError(f"sends what is no chat completion ({type(error).__name__}: {error}). Correct the URL")
+                raise ServerError(f"sends what is no chat completion ({type(error).__name__}: {error}). Correct the "
+                                  "URL")
             await asyncio.sleep(0.2)                            # the client repeats errors, but not torn JSON
             return await self._ask(index, request, temperature, top_p, max_tokens, attempts - 1)
 
-    def generate(self, requests, temperature, top_p, max_tokens, skip=(), share=OneProcess):
+    def generate(self, requests, temperature, top_p, max_tokens, skip=(), share=OneProcess, strict=True):
         """Yields (index, Reply) as answers arrive, with at most --concurrency requests under way. `skip`: indices that
-        need no reply. `share`: the processes among which the requests are dealt."""
+        need no reply. `share`: the processes among which the requests are dealt. `strict`: see LocalModel; a server
+        says itself what is too long for it."""
         todo = [i for i in range(len(requests)) if i not in skip][share.process_index::share.num_processes]
         waiting, running = iter(todo), set()
         try:
@@ -728,6 +757,7 @@ class LocalModel:
         self.model, self.tokenizer = load_model(path, args.dtype), load_tokenizer(path)
         self.model.to(processes.device).eval()
         self.name, self.batch_size = path, args.batch_size
+        self.room = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)      # tokens
         if len(self.tokenizer) > self.model.get_input_embeddings().num_embeddings:
             fail(f"{path}: the tokenizer has {len(self.tokenizer)} tokens, more than the model's "
                  f"{self.model.get_input_embeddings().num_embeddings} embeddings. They do not belong together.")
@@ -748,18 +778,23 @@ class LocalModel:
         return torch.from_numpy(ids).to(self.model.device), torch.from_numpy(mask).to(self.model.device)
 
     def fits(self, tokens):
-        """Refuses a text that is longer than the model's context."""
-        room = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
-        if room and tokens > room:
-            fail(f"{self.name}: {tokens} tokens are needed, but the model has room for {room}. "
+        """Ends the program where a text of so many tokens does not fit the model's context."""
+        if self.room and tokens > self.room:
+            fail(f"{self.name}: {tokens} tokens are needed, but the model has room for {self.room}. "
                  "Shorten the texts, lower the flag for the longest answer, or use a model with a longer context.")
 
-    def generate(self, requests, temperature, top_p, max_tokens, skip=(), share=OneProcess):
+    def generate(self, requests, temperature, top_p, max_tokens, skip=(), share=OneProcess, strict=True):
         """Yields (index, Reply) batch by batch. Batches depend on the whole list, not on what is done already: with the
-        same batch size a restart computes the very same matrices. `skip` and `share` as in ServerModel."""
+        same batch size a restart computes the very same matrices. `skip` and `share` as in ServerModel. A prompt that
+        is too long for the context ends the program; where it is not strict, it is refused."""
         prompts = [prompt_ids(self.tokenizer, request.chat) for request in requests]
-        self.fits(max(map(len, prompts), default=0) + max_tokens)
-        order = sorted(range(len(prompts)), key=lambda i: (-len(prompts[i]), prompts[i], i))     # longest first
+        if strict:
+            self.fits(max(map(len, prompts), default=0) + max_tokens)
+        long = {i for i, prompt in enumerate(prompts) if self.room and len(prompt) + max_tokens > self.room}
+        yield from ((i, Reply("", f"{len(prompts[i])} + {max_tokens} tokens, the model has room for {self.room}"))
+                    for i in sorted(long))
+        short = set(range(len(prompts))) - long
+        order = sorted(short, key=lambda i: (-len(prompts[i]), prompts[i], i))                   # longest first
         batches = [order[i:i + self.batch_size] for i in range(0, len(order), self.batch_size)]
         batches = [batch for batch in batches if any(i not in skip for i in batch)]
         for batch in batches[share.process_index::share.num_processes]:
@@ -910,8 +945,8 @@ def by_pair(rows, value):
 
 def positive(text):
     value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not a whole number above 0")
+    if not 1 <= value < 2 ** 31:
+        raise argparse.ArgumentTypeError(f"{text[:40]} is not a whole number from 1 to 2**31 - 1")
     return value
 
 
@@ -957,25 +992,23 @@ def local_model(text):
 
 
 def output_path(text):
-    if os.path.normpath(text or "/") in ("/", ".", ".."):
+    if os.path.normpath(text or "/") in ("/", ".", "..") or "\0" in text:
         raise argparse.ArgumentTypeError(f"{text!r} is no path for an output")
     return os.path.normpath(text)
 
 
 def json_object(text):
-    value = json.loads(text, parse_constant=not_json)
+    try:
+        value = json.loads(text)
+        json.dumps(value, allow_nan=False)
+    except RecursionError:
+        value = None
     if type(value) is not dict:
-        raise argparse.ArgumentTypeError(f'{text} is not a JSON object such as {{"max_tokens": null}}')
+        raise argparse.ArgumentTypeError(f'{text[:80]} is not a JSON object such as {{"max_tokens": null}}')
+    for name in {"max_tokens", "max_completion_tokens"} & set(value):
+        if value[name] is not None and (type(value[name]) is not int or value[name] < 1):
+            raise argparse.ArgumentTypeError(f"{name} in {text[:80]} is neither null nor a whole number above 0")
     return value
-
-
-def interrupted(kind, error, trace):
-    """Says on Ctrl-C how to go on, instead of a traceback."""
-    if kind is not KeyboardInterrupt:
-        return sys.__excepthook__(kind, error, trace)
-    print("\nInterrupted. What is done is kept: start again with the same flags to go on.", file=sys.stderr, flush=True)
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
-    signal.raise_signal(signal.SIGINT)                          # ends as Ctrl-C ends a program, and at once
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
@@ -984,7 +1017,7 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescript
 
 def stage_parser(manual, output, limit="work on a seeded sample of N pairs"):
     """The parser of a stage, with the flags that all stages have. manual: the stage's docstring."""
-    sys.excepthook = interrupted
+    sys.stdout.reconfigure(errors="replace")                    # a terminal without an "é" is no reason to stop
     parser = argparse.ArgumentParser(description=manual, formatter_class=HelpFormatter)
     parser.add_argument("--output", required=True, type=output_path, metavar="PATH", help=output)
     parser.add_argument("--seed", type=seed, default=42, help="of all randomness")
@@ -1019,12 +1052,12 @@ def add_server_flags(parser):
                        help="say how many calls would be made, and the most that they cost, and stop")
 
 
-def announce(processes, args, spec, letters, max_tokens, outputs):
+def announce(processes, args, spec, letters, max_tokens, outputs, more=""):
     """Says before the first paid call how many calls a server will get, and the most that they may cost; ends here on
     --dry-run, with nothing written.
 
     letters: for each call, the characters of its prompt; a token is taken to have four, which is about right for
-    English. max_tokens: of an answer. outputs: the Rows that are open.
+    English. max_tokens: of an answer. outputs: the Rows that are open. more: what may come on top.
     """
     if not spec.startswith("openai:"):
         text = "runs on this machine: no paid calls"
@@ -1032,7 +1065,7 @@ def announce(processes, args, spec, letters, max_tokens, outputs):
         limit = args.extra.get("max_completion_tokens", args.extra.get("max_tokens", max_tokens))
         tokens = sum(letters) // 4, len(letters) * limit if limit else None
         text = (f"{len(letters):,} calls, at most about {tokens[0]:,} tokens in and " +
-                ("answers of any length out" if limit is None else f"{tokens[1]:,} out") + cost(args, *tokens))
+                ("answers of any length out" if limit is None else f"{tokens[1]:,} out") + cost(args, *tokens) + more)
     if letters or args.dry_run:
         say(processes, f"{spec}: {text}")
     if args.dry_run:
@@ -1073,7 +1106,10 @@ def advance(bar, rows, processes):
     bar.update(min(rows * processes.num_processes, bar.total - bar.n))
 
 
-def say(processes, *text):
-    """Prints on the main process alone."""
+def say(processes, *text, **more):
+    """Prints on the main process alone. Whoever stops to listen (`| head`) does not stop the work."""
     if processes.is_main_process:
-        print(*text, flush=True)
+        try:
+            print(*text, flush=True, **more)
+        except OSError:
+            sys.stdout = open(os.devnull, "w")

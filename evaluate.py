@@ -32,8 +32,8 @@ from pathlib import Path
 import numpy as np
 
 from common import (Request, Rows, add_local_flags, add_server_flags, announce, by_pair, digest, fail, fraction,
-                    key_of, known, letters, local_model, mean_sem, model_name, open_model, pair_of, positive,
-                    read_conversations, read_gold, read_personas, read_rows, read_tasks, response_form, rotation,
+                    key_of, known, letters, local_model, mean_sem, model_name, open_model, output_path, pair_of,
+                    positive, read_conversations, read_gold, read_personas, read_rows, read_tasks, response_form, rotation,
                     sample_pairs, say, scored_ids, seed_for, spent, stage_parser, start_processes, temperature,
                     write_results)
 
@@ -156,7 +156,8 @@ def table(results, metric, title):
 
 def parse_args():
     parser = stage_parser(__doc__, "folder of the per-pair rows")
-    parser.add_argument("--results", default="runs/results.jsonl", help="gets a row for each mean; a rerun replaces it")
+    parser.add_argument("--results", type=output_path, default="runs/results.jsonl",
+                        help="gets a row for each mean; a rerun replaces it")
     parser.add_argument("--base", type=local_model, default="mistralai/Mistral-7B-Instruct-v0.2",
                         help="Q_BASE scores the golds")
     parser.add_argument("--questioner", type=local_model, default="mistralai/Mistral-7B-Instruct-v0.2",
@@ -207,7 +208,13 @@ def read_responses(path):
 def settings_of(output):
     """The settings with which a stage wrote an output; {} for other people's files."""
     path = Path(f"{output}.settings.json")
-    return json.loads(path.read_text()) if path.exists() else {}
+    try:
+        settings = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+        if type(settings) is not dict or type(settings.get("K", 1)) is not int or settings.get("K", 1) < 1:
+            raise ValueError("no object with a whole number K")
+    except (OSError, ValueError, RecursionError) as error:
+        fail(f"{path}: not as a stage writes it ({error}). Remove it, and give --roleplayer or run its stage again.")
+    return settings
 
 
 def roleplayer_label(conversations, given):
@@ -257,7 +264,8 @@ class Evaluation:
 
     def check_baseline(self, file, settings):
         """Q_BASE must have met the same users and answered in the same way: like is compared with like."""
-        theirs = settings_of(Path(self.args.baseline) / file) or fail(
+        path = Path(self.args.baseline) / file
+        theirs = path.exists() and settings_of(path) or fail(
             f"--baseline {self.args.baseline}: no {file} of Q_BASE. Run evaluate.py --iteration 0 with these --metrics")
         for name in set(settings) - {"variant", "iteration", "questioner"}:
             if theirs.get(name) != settings[name]:
@@ -358,7 +366,10 @@ def responses(e):
                 say(e.processes, f"\n{e.tasks[keys[i][0]]['task']}\n-> {reply.text}\n")
     rows.finish()
     wanted = set(keys)
-    return {pair_of(row): row["response"] for row in rows.read() if key_of(row) in wanted}
+    ours = {pair_of(row): row["response"] for row in rows.read() if key_of(row) in wanted}
+    if "" in ours.values():
+        say(e.processes, f"{rows.path}: {list(ours.values()).count('')} of {len(ours)} responses are empty")
+    return ours
 
 
 def open_verdicts(e):
@@ -373,6 +384,8 @@ def open_verdicts(e):
     calls = [letters(judge_chat(e.personas[persona_id]["persona"], e.tasks[task_id]["task"], "", "", "ours_first")) +
              2 * args.max_tokens * 4 for task_id, persona_id in e.win_pairs if (task_id, persona_id) not in rows]
     announce(e.processes, args, args.judge, calls * (1 + args.both_orders), args.judge_max_tokens, [rows])
+    if calls and args.judge.startswith("openai:"):
+        open_model(args.judge, args, e.processes)               # a wrong URL is found out now, not after the scores
     return rows
 
 
@@ -381,6 +394,8 @@ def verdicts(e, ours, rows):
     args = e.args
     base = {pair_of(row): row["response"] for row in read_responses(f"{args.baseline}/responses.jsonl")}
     pairs = [pair for pair in ours if pair in base]
+    if not pairs:
+        fail(f"{args.baseline}/responses.jsonl: none of the {len(ours)} pairs. Evaluate Q_BASE on the same pairs.")
     e.left_out["pairs without a response of Q_BASE"] = len(ours) - len(pairs)
 
     def orders(pair):
@@ -448,7 +463,7 @@ def main():
     if e.processes.is_main_process:
         rows = [row for row in save(results) if row["split"] == args.split]
         for metric, title in TITLES.items():
-            print(*table(rows, metric, title), sep="\n")
+            say(e.processes, *table(rows, metric, title), sep="\n")
     left_out = ", ".join(f"{count} {what}" for what, count in e.left_out.items() if count) or "nothing"
     usage = judged.tally()[1] if judged else {}
     say(e.processes, f"{args.output}: {len(e.conversations)} conversations of {len(e.turns)} pairs, {len(results)} "

@@ -18,7 +18,7 @@ import re
 from collections import Counter
 
 from common import (Request, Rows, add_local_flags, add_server_flags, announce, digest, fail, fingerprint, fraction,
-                    letters, model_name, open_model, positive, read_rows, say, seed_for, spent, stage_parser,
+                    letters, model_name, not_json, open_model, positive, read_rows, say, seed_for, spent, stage_parser,
                     start_processes, temperature)
 
 SYSTEM_PROMPT = (
@@ -77,14 +77,15 @@ def read_examples(path):
         examples = [row["persona"] for row in read_rows(path, {"persona_id": str, "persona": str}, ("persona_id",))]
     else:
         try:
-            characters = json.load(open(path, encoding="utf-8"))
+            characters = json.load(open(path, encoding="utf-8"), parse_constant=not_json)
             chosen = [characters[i] for i in PRODIGY_IDS]
             if not all(type(c["biography"]) is list for c in chosen):
                 raise TypeError("a biography is a list of sentences")
             examples = [f"I'm {c['character_name']}. {' '.join(c['biography'])}" for c in chosen]
+            "".join(examples).encode("utf-8")                   # half of a surrogate pair could not be sent
         except OSError as error:
             fail(f"{path}: {error.strerror}. Give PRODIGy's characters.json, or a JSONL file of personas.")
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
             fail(f"{path}: not PRODIGy's characters.json ({type(error).__name__}: {error}). It maps ids such as u0 to "
                  "objects with character_name and biography; a file of one persona a line is called .jsonl.")
     if len(examples) < 2:
@@ -141,7 +142,8 @@ def main():
         done = replies.plan(keys, [digest(request.chat) for request in requests], f"personas, attempt {attempt + 1}")
         if attempt == 0:
             calls = [letters(request.chat) for key, request in zip(keys, requests) if key not in replies]
-            announce(processes, args, args.model, calls, args.max_tokens, [rows, replies])
+            announce(processes, args, args.model, calls, args.max_tokens, [rows, replies],
+                     f"; and for each unusable reply another call, {args.attempts} a persona at most")
         if len(done) < len(keys):
             model = model or open_model(args.model, args, processes)
             for i, reply in model.generate(requests, args.temperature, args.top_p, args.max_tokens, done, processes):

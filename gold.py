@@ -62,7 +62,8 @@ def parse_args():
 def main():
     args = parse_args()
     tasks, personas = read_tasks(args.tasks), read_personas(args.personas)
-    pairs = [pair for split in args.split for pair in all_pairs(tasks, personas, split, args.limit, args.seed)]
+    pairs = [pair for split in dict.fromkeys(args.split)
+             for pair in all_pairs(tasks, personas, split, args.limit, args.seed)]
     processes = start_processes(args.oracle)
     rows = Rows(args.output, ("task_id", "persona_id"), {
         "stage": "gold", "oracle": model_name(args.oracle), "system_prompt": SYSTEM_PROMPT, "prompt": PROMPT,

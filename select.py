@@ -165,6 +165,8 @@ def main():
     if len(done) < len(keys):
         base = open_model(args.base, args, processes)
         examples = [scored_ids(base.tokenizer, chat) for chat in chats]
+        if not args.no_response:                                # no room for a response: found out before the scores
+            base.fits(max(len(ids) - n for ids, n in examples) + args.max_tokens)
         for i, log_prob in base.score(examples, args.score_tokens, done, processes):
             scores.save(i, {"tokens": examples[i][1],
                             "log_prob": round(log_prob, 6) if math.isfinite(log_prob) else None})
@@ -206,11 +208,13 @@ def main():
             tasks[row["task_id"]]["task"], *(f"{turn['role']}: {turn['content']}" for turn in row["conversation"]),
             f"response: {row['response']}", f"log p(gold) = {row['gold_log_prob']:.2f}, chosen from {others}"]) + "\n")
     total, cut, _ = output.tally("cut_response")
+    empty = sum(row["response"] == "" for row in output.read())
     scored = [p for c in log_probs.values() for p in c.values() if p is not None]
     kept = [row["gold_log_prob"] for row in chosen]
     say(processes, f"{args.output}: {total} conversations kept, mean log p(gold) {sum(kept) / max(1, len(kept)):.2f} "
                    f"of {sum(scored) / max(1, len(scored)):.2f} over all {len(rows)}; left out: {left_out}, "
-                   f"{len(rows) - len(scored)} scores not finite; {cut} responses cut at {args.max_tokens} tokens")
+                   f"{len(rows) - len(scored)} scores not finite; {cut} responses cut at {args.max_tokens} "
+                   f"tokens, {empty} empty")
 
 
 if __name__ == "__main__":

@@ -190,22 +190,27 @@ def main():
     def open_models():
         questioner = open_model(args.questioner, args, processes)
         roleplayer = questioner if args.roleplayer == args.questioner else open_model(args.roleplayer, args, processes)
+        # A context that is too short is found out now, not in the third turn: the last prompts of the longest pairs.
         turns = max(row["turns"] for block in todo for row in block)
-        for model, seen, said in ((questioner, seen_by_questioner, 2 * turns - 1),
-                                  (roleplayer, seen_by_roleplayer, 2 * turns)):
-            if isinstance(model, LocalModel):                   # found out now, not in the third turn
-                longest = max((seen(row) for block in todo for row in block[::args.samples]), key=letters)
-                model.fits(len(prompt_ids(model.tokenizer, longest)) + said * args.max_tokens)
+        for model, seen, silent in ((questioner, seen_by_questioner, 2 * turns - 2),
+                                    (roleplayer, seen_by_roleplayer, 2 * turns - 1)):
+            if isinstance(model, LocalModel):
+                said = [{"role": ("assistant", "user")[i % 2], "content": "?"} for i in range(silent)]
+                last = sorted((seen({**row, "conversation": said}) for block in todo for row in block[::args.samples]),
+                              key=letters)[-100:]
+                longest = max(len(prompt_ids(model.tokenizer, chat)) for chat in last)
+                model.fits(longest + (silent + 1) * args.max_tokens)
 
         def ask(alive, turn):
             requests = [Request(seen_by_questioner(row), seed_for(args.seed, "ask", *key_of(row), turn))
                         for row in alive]
-            return questioner.generate(requests, args.temperature, args.top_p, args.max_tokens)
+            return questioner.generate(requests, args.temperature, args.top_p, args.max_tokens, strict=False)
 
         def answer(alive, turn):
             requests = [Request(seen_by_roleplayer(row), seed_for(args.seed, "answer", *key_of(row), turn))
                         for row in alive]
-            return roleplayer.generate(requests, args.roleplayer_temperature, args.top_p, args.max_tokens)
+            return roleplayer.generate(requests, args.roleplayer_temperature, args.top_p, args.max_tokens,
+                                       strict=False)
         return ask, answer
 
     speakers = open_models() if todo else None

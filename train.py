@@ -26,14 +26,14 @@ from collections import defaultdict
 from contextlib import nullcontext
 from pathlib import Path
 
-import numpy as np
-import torch
-import torch.nn.functional as F
-from safetensors import SafetensorError
-
 from common import (add_dtype_flag, claim, digest, fail, known, load_model, load_tokenizer, local_model, model_name,
                     not_negative, pair_of, positive, progress, read_conversations, read_gold, read_personas, read_tasks,
                     response_form, sample_pairs, say, stage_parser, start_processes, training_examples, writing)
+
+import numpy as np  # noqa: E402  (after common: Ctrl-C while torch loads is one line)
+import torch  # noqa: E402
+import torch.nn.functional as F  # noqa: E402
+from safetensors import SafetensorError  # noqa: E402
 
 
 def example_chat(name, task, conversation, response=None):
@@ -164,8 +164,9 @@ def main():
     accumulation = math.ceil(args.batch_size / (args.micro_batch_size * world))
     epochs = [epoch_batches([len(ids) for ids, _ in examples], args.batch_size, generator) for _ in range(args.epochs)]
     batches = [batch for epoch in epochs for batch in epoch]
+    micro = math.ceil(args.batch_size / (accumulation * world))
     say(processes, f"{len(examples)} examples + {len(validation)} held out ({left_out}); batch {args.batch_size} = "
-                   f"{math.ceil(args.batch_size / (accumulation * world))} x accumulation {accumulation} x {world} processes; {len(batches)} steps")
+                   f"{micro} x accumulation {accumulation} x {world} processes; {len(batches)} steps")
     say(processes, "Supervised, in the first example:",
         json.dumps(tokenizer.decode([label for label in examples[0][1] if label != -100]), ensure_ascii=False))
 
@@ -229,9 +230,11 @@ def main():
 
     state = accelerator.get_state_dict(model)                   # all processes: under FSDP the weights are gathered
     if processes.is_main_process:
-        unfinished = f"{args.output}.tmp"
+        unfinished = f"{args.output}.unfinished"
         shutil.rmtree(unfinished, ignore_errors=True)
         state = {name: weight.to(getattr(torch, args.dtype)) for name, weight in state.items()}
+        if not all(weight.isfinite().all() for weight in state.values()):      # after the last step no loss tells
+            fail("the weights are not finite after the last step; nothing is saved. Lower --lr.")
         with writing(args.output, SafetensorError):
             try:
                 accelerator.unwrap_model(model).save_pretrained(unfinished, state_dict=state)

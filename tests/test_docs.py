@@ -12,7 +12,7 @@ from conftest import ROOT
 
 STAGES = ["generate_personas", "gold", "simulate", "select", "train", "evaluate"]
 SCRIPTS = [*(f"{stage}.py" for stage in STAGES), *(f"toy/{name}.py" for name in ("world", "server", "pretrain", "measure", "report"))]
-FOREIGN = {"--n", "--nnodes", "--index-url", "--nproc_per_node", "--config_file", "--tensor-parallel-size", "--help"}     # of other programs
+FOREIGN = {"--n", "--nnodes", "--index-url", "--nproc_per_node", "--config_file", "--tensor-parallel-size", "--generation-config", "--help"}     # of other programs
 PAPER = {  # star_gate.md's "Settings of the published run"
     "generate_personas": {"splits": "A=50,B=50,test=10", "temperature": 1.4, "top-p": 0.9, "max-tokens": 400},
     "gold": {"temperature": 0.0, "top-p": 0.9, "max-tokens": 300},

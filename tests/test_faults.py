@@ -224,6 +224,72 @@ def test_torn_json_is_asked_for_again_and_a_lasting_one_ends_the_program(run, wo
     assert len(asked) == 36 and all(row["gold"] == "Gold." for row in read_lines(world.path("g.jsonl")))
 
 
+def answer(content="Gold.", reason="stop", usage=None, **message):
+    return {"id": "x", "object": "chat.completion", "created": 0, "model": "m", "usage": usage, "choices": [
+        {"index": 0, "finish_reason": reason, "message": {"role": "assistant", "content": content, **message}}]}
+
+
+@pytest.mark.parametrize("reply, refused", [
+    (answer(refusal={"why": "policy"}), "{'why': 'policy'}"), (answer(refusal=True), "True"), (answer(refusal=["no"]), "['no']"),
+    (answer(refusal="no\n  way"), "no way"), (answer(refusal="half \ud83d"), "half ?"), (answer(content="\n "), "empty"),
+    (answer(usage={"prompt_tokens": [1], "completion_tokens": {}}), None), (answer(usage={"prompt_tokens": "7"}), None),
+    (answer(usage="many"), None), (answer(reason=None), None), (answer(content="half \ud83d"), None)])
+def test_odd_replies_become_clean_rows(run, world, server, reply, refused):
+    server.reply = lambda request: (200, reply)
+    flags = [*gold_flags(world, server), "--max-refused", 1, "--prices", 1, 1]
+    run(gold, *flags)
+    rows = read_lines(world.path("g.jsonl"))
+    assert {row.get("refused") for row in rows} == {refused} and not any("usage" in row for row in rows)
+    run(gold, *flags)
+    assert len(server.requests) == 12
+
+
+@pytest.mark.parametrize("reply", [answer() | {"choices": {}}, answer() | {"choices": {"a": 1}}, answer() | {"choices": None}])
+def test_what_is_no_completion_ends_the_program_after_five_tries(run, world, server, reply):
+    server.reply = lambda request: (200, reply)
+    _, err = run(gold, *gold_flags(world, server), "--limit", 1, status=2)
+    assert "no chat completion" in err and len(err.strip().splitlines()) == 1 and len(server.requests) == 5
+
+
+def test_a_call_has_an_end(run, world, server, monkeypatch):
+    """Whatever the client's own time-outs and repetitions do: with bytes that trickle they never strike."""
+    wait_for = common.asyncio.wait_for
+    monkeypatch.setattr(common.asyncio, "wait_for", lambda call, seconds: wait_for(call, seconds / 70))   # 70 s for --timeout 1
+    over = threading.Event()
+    server.reply = lambda request: over.wait(5) and None or (200, "Late.")
+    begin = time.monotonic()
+    _, err = run(gold, *gold_flags(world, server), "--limit", 1, "--timeout", 1, status=2)
+    over.set()
+    assert "does not answer" in err and time.monotonic() - begin < 4
+
+
+def test_a_split_named_twice_is_paid_once(run, world, server):
+    run(gold, *gold_flags(world, server), "--split", "A", "A")
+    assert len(server.requests) == 12
+
+
+@pytest.mark.parametrize("extra", ['{"max_tokens": "900"}', '{"max_completion_tokens": -5}', '{"a": 1e999}', "[" * 9999, '{"a": NaN}'])
+def test_odd_extra_arguments_are_refused(run, world, server, extra):
+    _, err = run(gold, *gold_flags(world, server), "--extra", extra, status=2)
+    assert "argument --extra" in err and not server.requests
+
+
+def test_a_dry_run_after_a_kill_leaves_the_settings(run, world, server):
+    Path(world.path("g.jsonl.part-0")).write_text('{"task_id": "A0", "pers')
+    run(gold, *gold_flags(world, server, "h.jsonl"), "--limit", 1)
+    os.rename(world.path("h.jsonl.settings.json"), world.path("g.jsonl.settings.json"))
+    run(gold, *gold_flags(world, server), "--dry-run", status=0)
+    run(gold, *gold_flags(world, server))
+    assert len(read_lines(world.path("g.jsonl"))) == 12
+
+
+def test_whoever_stops_to_listen_does_not_stop_the_work(world, server):
+    command = f"{sys.executable} gold.py {' '.join(map(str, gold_flags(world, server)))} | true; echo ${{PIPESTATUS[0]}}"
+    done = subprocess.run(["bash", "-c", command], cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout.strip() == "0" and "Traceback" not in done.stderr, done
+    assert len(read_lines(world.path("g.jsonl"))) == 12
+
+
 # ------------------------------------------------------------ kills
 
 def forked(stage, flags, log, limit=None):
@@ -416,6 +482,28 @@ def test_a_full_disk_leaves_the_old_results_and_no_half_model(big, tiny, server,
         finally:
             os._exit(code)
     assert wait(pid) == 2 and results.read_text() == before and not list(tmp_path.glob("*.tmp"))
+
+
+def test_nothing_that_is_not_ours_is_removed_or_replaced(big, tiny, server, tmp_path):
+    """A folder beside the model, a device, the target of a link."""
+    (tmp_path / "x.tmp").mkdir()
+    (tmp_path / "x.tmp/mine").write_text("mine")
+    assert wait(forked(train, stage_flags("train", big, tiny, server, tmp_path), tmp_path / "log")) == 0
+    assert (tmp_path / "x.tmp/mine").read_text() == "mine"
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(SystemExit):
+        common.write_results(tmp_path / "pipe", [])
+    (tmp_path / "target.jsonl").write_text("")
+    (tmp_path / "link.jsonl").symlink_to(tmp_path / "target.jsonl")
+    row = {**dict.fromkeys(common.RESULT_KEY, ""), "iteration": 1, "mean": 0.5, "sem": None, "n": 3}
+    common.write_results(tmp_path / "link.jsonl", [row])
+    assert (tmp_path / "link.jsonl").is_symlink() and read_lines(tmp_path / "target.jsonl") == [row]
+
+
+def test_a_training_whose_last_step_goes_astray_saves_nothing(big, tiny, server, tmp_path):
+    flags = [*stage_flags("train", big, tiny, server, tmp_path), "--limit", 2, "--lr", "1e308", "--validation", 0]
+    assert wait(forked(train, flags, tmp_path / "log")) == 2
+    assert "not finite after the last step" in said_in(tmp_path / "log") and not (tmp_path / "x").exists()
 
 
 @pytest.mark.skipif(os.getuid() == 0, reason="root may write everywhere")
