@@ -36,16 +36,17 @@ def interrupted(kind, error, trace):
     """Says on Ctrl-C how to go on, instead of a traceback."""
     if kind is not KeyboardInterrupt:
         return sys.__excepthook__(kind, error, trace)
-    print("\nInterrupted. What is done is kept: start again with the same flags to go on.", file=sys.stderr, flush=True)
+    print("\nInterrupted. Rows that are done are kept: start again with the same flags.", file=sys.stderr, flush=True)
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     signal.raise_signal(signal.SIGINT)                          # ends as Ctrl-C ends a program, and at once
 
 
-sys.excepthook = interrupted
+if not hasattr(sys, "ps1"):                                     # a stage, and nobody at a prompt
+    sys.excepthook = interrupted
 
 
 def fail(message, status=2):
-    """Bad input: one line that says where, what, and what to do; exit status 2."""
+    """One line that says where, what is wrong, and what to do; exit status 2 for bad input, 1 for a bad outcome."""
     from tqdm import tqdm
     tqdm.write(f"{Path(sys.argv[0]).name}: error: {message}", file=sys.stderr)     # on a line of its own beside a bar
     raise SystemExit(status)
@@ -226,7 +227,8 @@ def fingerprint(path):
     return hashlib.sha256(content).hexdigest()[:12]
 
 
-def remove(output):
+def how_to_remove(output):
+    """The end of a sentence; not "OUTPUT*", which would name its neighbours, too."""
     return f"delete {output}, {output}.part-* and {output}.settings.json"
 
 
@@ -254,12 +256,12 @@ def claim(output, settings):
         try:
             old = dict(json.load(handle))
         except (ValueError, TypeError):
-            fail(f"{path}: not as a stage writes it. Give another --output, or {remove(output)}.")
+            fail(f"{path}: not as a stage writes it. Give another --output, or {how_to_remove(output)}.")
         differ = [f"{k}: {str(old.get(k))[:60]!r} there, {str(settings.get(k))[:60]!r} now"
                   for k in sorted({*old, *settings}) if old.get(k) != settings.get(k)]
         if differ:
             fail(f"{output} was made with other settings ({'; '.join(differ)}). Give another --output, or "
-                 f"{remove(output)}.")
+                 f"{how_to_remove(output)}.")
     else:
         with writing(path):
             handle.truncate(0)
@@ -308,6 +310,7 @@ class Rows:
         self._load(self.path, f"{path}.part-0")
         processes.wait_for_everyone()
         self.part = self.bar = None
+        self.limit_refusals(100)
 
     def _identity(self, line):
         try:
@@ -315,7 +318,7 @@ class Rows:
             key = tuple(row[name] for name in self.key)
             if not all(type(part) in (str, int) for part in key) or type(row.get("refused", "")) is not str:
                 raise TypeError
-            Counter(row.get("usage")).total()
+            Counter(row.get("usage")).total()                   # raises where they are no numbers
             return key, row
         except (ValueError, KeyError, TypeError, AttributeError):
             fail(f"{self.path}: holds a line that this stage did not write: {line[:60]!r}. Remove it, or give another "
@@ -342,7 +345,7 @@ class Rows:
         for key, now in zip(keys, inputs):
             if self.done.get(key, now) != now:
                 fail(f"{self.path}: its row {key} was made from other inputs than those that are given now: a file "
-                     f"that this stage reads has changed. Give another --output, or {remove(self.path)}.")
+                     f"that this stage reads has changed. Give another --output, or {how_to_remove(self.path)}.")
 
     def add(self, rows):
         """Saves rows at once; those that are there already are left as they are."""
@@ -355,12 +358,12 @@ class Rows:
                 lines = lines[self.part.write(lines):]
         for key, row in new.items():
             self._note(key, row)
-        if len(self.done) >= 100:                               # before thousands more are paid for
-            self.limit_refusals()
+        self.limit_refusals(100)                                # before thousands more are paid for
 
-    def limit_refusals(self):
-        """Ends the program with status 1 where more than --max-refused of the rows are refusals."""
-        if self.max_refused is not None and len(self.refused) > self.max_refused * len(self.done):
+    def limit_refusals(self, least=1):
+        """Ends the program with status 1 where more than --max-refused of at least so many rows are refusals."""
+        if (self.max_refused is not None and len(self.done) >= least and
+                len(self.refused) > self.max_refused * len(self.done)):
             why = ", ".join(f"{count} {reason[:80]}" for reason, count in Counter(self.refused.values()).most_common(3))
             fail(f"{self.path}: {len(self.refused)} of {len(self.done)} were refused ({why}), more than --max-refused "
                  f"{self.max_refused:g}. Try another model, --extra or --max-tokens, with another --output. To ask the "
@@ -381,7 +384,7 @@ class Rows:
                 os.remove(source)
 
     def plan(self, keys, inputs, what):
-        """Announces the rows that are wanted and returns the set of indices that are done already.
+        """Takes the rows that are wanted and returns the set of indices that are done already.
 
         keys: one a row; inputs: a hash of what each is made from; what: for the progress bar.
         """
@@ -707,18 +710,21 @@ class ServerModel:
         try:
             answer = await asyncio.wait_for(self.client.chat.completions.create(
                 model=self.name, messages=chat, **{k: v for k, v in usual.items() if k not in extra},
-                extra_body={k: v for k, v in extra.items() if v is not None}), 60 + 10 * self.args.timeout)
+                extra_body={k: v for k, v in extra.items() if v is not None}), 9 * (self.args.timeout + 60))
             return index, read_completion(answer)
         except openai.BadRequestError as error:
-            if error.code == "content_filter":                  # Azure's filter on prompts
-                return index, Reply("", "content_filter (prompt)")
+            if error.code in ("content_filter", "invalid_prompt"):      # a filter on prompts: Azure's, OpenAI's
+                return index, Reply("", f"{error.code} (prompt)")
             raise ServerError(f"refuses the request: {words(error)} Correct the model's name; if it is about an "
                               "argument, --extra changes it, if about the system text, --system fold")
         except openai.APIStatusError as error:
-            raise ServerError(f"answers {error.status_code}: {words(error)} Correct the key, the model's name or the "
-                              "URL (or try --system fold; if it is about an argument, --extra)")
+            advice = ("Lower --concurrency" if error.status_code == 429 else
+                      "Look at the server's log, or try --system fold" if error.status_code >= 500 else
+                      "Correct the key, the model's name or the URL (if it is about an argument, --extra)")
+            raise ServerError(f"answers {error.status_code}: {words(error)} {advice}")
         except (openai.APIConnectionError, asyncio.TimeoutError) as error:      # the latter: bytes come, but no end
-            raise ServerError(f"does not answer ({error or 'it never ends'}). Start the server, or correct the URL or --timeout")
+            raise ServerError(f"does not answer ({str(error) or 'it never ends'}). Start the server, or correct the "
+                              "URL or --timeout")
         except (ValueError, TypeError, AttributeError, LookupError, RecursionError) as error:
             if attempts == 1:
                 raise ServerError(f"sends what is no chat completion ({type(error).__name__}: {error}). Correct the "
@@ -791,8 +797,8 @@ class LocalModel:
         if strict:
             self.fits(max(map(len, prompts), default=0) + max_tokens)
         long = {i for i, prompt in enumerate(prompts) if self.room and len(prompt) + max_tokens > self.room}
-        yield from ((i, Reply("", f"{len(prompts[i])} + {max_tokens} tokens, the model has room for {self.room}"))
-                    for i in sorted(long))
+        for i in [i for i in sorted(long) if i not in skip][share.process_index::share.num_processes]:
+            yield i, Reply("", f"{len(prompts[i])} + {max_tokens} tokens, the model has room for {self.room}")
         short = set(range(len(prompts))) - long
         order = sorted(short, key=lambda i: (-len(prompts[i]), prompts[i], i))                   # longest first
         batches = [order[i:i + self.batch_size] for i in range(0, len(order), self.batch_size)]
@@ -957,7 +963,7 @@ def fraction(text):
     return value
 
 
-def share(text):
+def from_0_to_1(text):
     value = float(text)
     if not 0 <= value <= 1:
         raise argparse.ArgumentTypeError(f"{text} is not from 0 to 1")
@@ -1044,7 +1050,7 @@ def add_server_flags(parser):
     group.add_argument("--extra", type=json_object, default={}, metavar="JSON",
                        help='more request arguments; null takes one away: '
                             '{"max_tokens": null, "max_completion_tokens": 900}')
-    group.add_argument("--max-refused", type=share, default=0.05, metavar="SHARE",
+    group.add_argument("--max-refused", type=from_0_to_1, default=0.05, metavar="SHARE",
                        help="of answers that are refused, filtered or empty; above it the stage stops with status 1")
     group.add_argument("--prices", type=not_negative, nargs=2, metavar=("IN", "OUT"),
                        help="dollars for a million tokens: tells what the calls cost")
@@ -1052,21 +1058,22 @@ def add_server_flags(parser):
                        help="say how many calls would be made, and the most that they cost, and stop")
 
 
-def announce(processes, args, spec, letters, max_tokens, outputs, more=""):
+def announce(processes, args, spec, lengths, max_tokens, outputs, more=""):
     """Says before the first paid call how many calls a server will get, and the most that they may cost; ends here on
     --dry-run, with nothing written.
 
-    letters: for each call, the characters of its prompt; a token is taken to have four, which is about right for
+    lengths: for each call, the characters of its prompt; a token is taken to have four, which is about right for
     English. max_tokens: of an answer. outputs: the Rows that are open. more: what may come on top.
     """
     if not spec.startswith("openai:"):
         text = "runs on this machine: no paid calls"
     else:
-        limit = args.extra.get("max_completion_tokens", args.extra.get("max_tokens", max_tokens))
-        tokens = sum(letters) // 4, len(letters) * limit if limit else None
-        text = (f"{len(letters):,} calls, at most about {tokens[0]:,} tokens in and " +
+        sent = {"max_tokens": max_tokens, **args.extra}
+        limit = sent.get("max_completion_tokens") or sent["max_tokens"]
+        tokens = sum(lengths) // 4, len(lengths) * limit if limit else None
+        text = (f"{len(lengths):,} calls, at most about {tokens[0]:,} tokens in and " +
                 ("answers of any length out" if limit is None else f"{tokens[1]:,} out") + cost(args, *tokens) + more)
-    if letters or args.dry_run:
+    if lengths or args.dry_run:
         say(processes, f"{spec}: {text}")
     if args.dry_run:
         for rows in outputs:
@@ -1101,9 +1108,9 @@ def progress(total, what, processes, done=0):
                 dynamic_ncols=True, file=sys.stderr)
 
 
-def advance(bar, rows, processes):
-    """Moves the bar by the rows of this process, and as many of each other one, which are about as far."""
-    bar.update(min(rows * processes.num_processes, bar.total - bar.n))
+def advance(bar, count, processes):
+    """Moves the bar by `count` rows of this process, and as many of each other one, which are about as far."""
+    bar.update(min(count * processes.num_processes, bar.total - bar.n))
 
 
 def say(processes, *text, **more):

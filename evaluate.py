@@ -31,11 +31,11 @@ from pathlib import Path
 
 import numpy as np
 
-from common import (Request, Rows, add_local_flags, add_server_flags, announce, by_pair, digest, fail, fraction,
+from common import (Reply, Request, Rows, add_local_flags, add_server_flags, announce, by_pair, digest, fail, fraction,
                     key_of, known, letters, local_model, mean_sem, model_name, open_model, output_path, pair_of,
-                    positive, read_conversations, read_gold, read_personas, read_rows, read_tasks, response_form, rotation,
-                    sample_pairs, say, scored_ids, seed_for, spent, stage_parser, start_processes, temperature,
-                    write_results)
+                    positive, read_conversations, read_gold, read_personas, read_rows, read_tasks, response_form,
+                    rotation, sample_pairs, say, scored_ids, seed_for, spent, stage_parser, start_processes,
+                    temperature, write_results)
 
 JUDGE_SYSTEM_PROMPT = (
     "You are an expert in evaluating assistant responses, particularly skilled in analyzing their alignment with "
@@ -373,7 +373,7 @@ def responses(e):
 
 
 def open_verdicts(e):
-    """The Rows of verdicts.jsonl; says how many calls the judge will get."""
+    """The Rows of verdicts.jsonl; says how many calls the judge will get, and tries its server."""
     args = e.args
     rows = Rows(f"{args.output}/verdicts.jsonl", ("task_id", "persona_id"), {
         **e.settings, "questioner": model_name(args.questioner), "judge": model_name(args.judge),
@@ -424,7 +424,7 @@ def verdicts(e, ours, rows):
         verdict = combine([read_verdict(text, order) for text, order in zip(raw, orders(pairs[i]))])
         first = rows.save(i, {"turns": e.turns[pairs[i]], "order": "both" if args.both_orders else order,
                               "verdict": verdict, "raw": raw if args.both_orders else raw[0],
-                              **({"refused": refused} if refused else {}), **({"usage": usage} if usage else {})})
+                              **Reply("", refused, any(reply.cut for reply in replies[i].values()), usage).marks()})
         if first:
             say(e.processes, "\n" + "\n".join([
                 e.tasks[pairs[i][0]]["task"], e.personas[pairs[i][1]]["persona"], f"ours: {ours[pairs[i]]}",

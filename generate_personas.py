@@ -136,14 +136,15 @@ def main():
         wanted = [w for w in args.splits if w in wanted]
     missing = [w for w in wanted if (w[0],) not in rows]
     taken, rejected, model = list(rows.read()), Counter(), None
+    asked = Counter(persona_id for persona_id, _ in replies.done)
+    announce(processes, args, args.model,
+             [letters(persona_request(examples, seed_for(args.seed, persona_id, asked[persona_id])).chat)
+              for persona_id, _ in missing if asked[persona_id] < args.attempts], args.max_tokens, [rows, replies],
+             f"; and for each unusable reply another call, {args.attempts} a persona at most")
     for attempt in range(args.attempts):
         keys = [(persona_id, attempt) for persona_id, _ in missing]
         requests = [persona_request(examples, seed_for(args.seed, *key)) for key in keys]
         done = replies.plan(keys, [digest(request.chat) for request in requests], f"personas, attempt {attempt + 1}")
-        if attempt == 0:
-            calls = [letters(request.chat) for key, request in zip(keys, requests) if key not in replies]
-            announce(processes, args, args.model, calls, args.max_tokens, [rows, replies],
-                     f"; and for each unusable reply another call, {args.attempts} a persona at most")
         if len(done) < len(keys):
             model = model or open_model(args.model, args, processes)
             for i, reply in model.generate(requests, args.temperature, args.top_p, args.max_tokens, done, processes):

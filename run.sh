@@ -70,12 +70,10 @@ paper)                                          # the published run's settings a
     ORACLE=${ORACLE:?set ORACLE to the model that plays Oracle and judge, such as openai:MODEL}
     WRITER=${WRITER:-$ORACLE}
     JUDGE=${JUDGE:-$ORACLE}
-    # Arguments of their requests, as JSON; null takes one away. Some models refuse max_tokens or temperature:
-    # EXTRA='{"max_tokens": null, "temperature": null, "max_completion_tokens": 900}'
+    # Arguments of their requests, as JSON: the README's "Which arguments".
     EXTRA=${EXTRA:-"{}"}
     # The Roleplayer answers some 2 questions in each of 250 x 50 x 10 = 125,000 conversations an iteration, 250,000
-    # answers. Mixtral does not fit beside the Questioner on one card: serve it elsewhere, for example with
-    # `vllm serve mistralai/Mixtral-8x7B-Instruct-v0.1 --tensor-parallel-size 2`.
+    # answers. Mixtral does not fit beside the Questioner on one card: serve it elsewhere (README).
     ROLEPLAYER=${ROLEPLAYER:?set ROLEPLAYER, such as openai:mistralai/Mixtral-8x7B-Instruct-v0.1@http://host:8000/v1}
     OTHER_ROLEPLAYER=${OTHER_ROLEPLAYER:-mistralai/Mistral-7B-Instruct-v0.2}    # for VARIANTS=other_user
     TASKS=${TASKS:-data/tasks.jsonl}
@@ -204,8 +202,8 @@ launch() {
 # Line 1, the input: personas U and gold responses G. (The tasks T are there.)
 $(launch "$WRITER") generate_personas.py --model "$WRITER" --extra "$EXTRA" --splits $PERSONA_SPLITS --seed "$SEED" \
     --output "$RUN/personas.jsonl" $SERVER_FLAGS
-$(launch "$ORACLE") gold.py "${DATA[@]}" --oracle "$ORACLE" --extra "$EXTRA" --split A B "$SPLIT" --output "$RUN/gold.jsonl" \
-    $SERVER_FLAGS
+$(launch "$ORACLE") gold.py "${DATA[@]}" --oracle "$ORACLE" --extra "$EXTRA" --split A B "$SPLIT" \
+    --output "$RUN/gold.jsonl" $SERVER_FLAGS
 
 test_talk "$BASE" "$ROLEPLAYER" "$RUN/base"
 evaluate main 0 "$BASE" "$RUN/base" "$RUN/base"

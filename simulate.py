@@ -191,15 +191,14 @@ def main():
         questioner = open_model(args.questioner, args, processes)
         roleplayer = questioner if args.roleplayer == args.questioner else open_model(args.roleplayer, args, processes)
         # A context that is too short is found out now, not in the third turn: the last prompts of the longest pairs.
-        turns = max(row["turns"] for block in todo for row in block)
-        for model, seen, silent in ((questioner, seen_by_questioner, 2 * turns - 2),
-                                    (roleplayer, seen_by_roleplayer, 2 * turns - 1)):
-            if isinstance(model, LocalModel):
-                said = [{"role": ("assistant", "user")[i % 2], "content": "?"} for i in range(silent)]
-                last = sorted((seen({**row, "conversation": said}) for block in todo for row in block[::args.samples]),
+        pairs_todo = [row for block in todo for row in block[::args.samples]]
+        for model, seen, ahead in ((questioner, seen_by_questioner, 2), (roleplayer, seen_by_roleplayer, 1)):
+            for turns in {row["turns"] for row in pairs_todo} if isinstance(model, LocalModel) else ():
+                said = [{"role": ("assistant", "user")[i % 2], "content": "?"} for i in range(2 * turns - ahead)]
+                last = sorted((seen({**row, "conversation": said}) for row in pairs_todo if row["turns"] == turns),
                               key=letters)[-100:]
                 longest = max(len(prompt_ids(model.tokenizer, chat)) for chat in last)
-                model.fits(longest + (silent + 1) * args.max_tokens)
+                model.fits(longest + (len(said) + 1) * args.max_tokens)
 
         def ask(alive, turn):
             requests = [Request(seen_by_questioner(row), seed_for(args.seed, "ask", *key_of(row), turn))

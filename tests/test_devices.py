@@ -93,6 +93,40 @@ def test_two_processes_simulate_as_one_and_ask_the_roleplayer_once(run, world, t
     assert len(alone) == alone.total() == sum(len(row["conversation"]) // 2 for row in rows), "each answer, once"
 
 
+def test_two_processes_write_personas_and_golds_as_one(run, world, tiny, monkeypatch):
+    """By a local model; its texts are made up, since a random model says no names."""
+    (world.folder / "runner.py").write_text("""
+import random, sys
+from unittest.mock import patch
+import common, generate_personas, gold
+
+def say(self, requests, temperature, top_p, max_tokens, skip=(), share=common.OneProcess):
+    for i in [i for i in range(len(requests)) if i not in skip][share.process_index::share.num_processes]:
+        yield i, common.Reply(f"I'm P{random.Random(requests[i].seed).randrange(9)}x. I run.")
+
+def main():
+    stage = {"generate_personas": generate_personas, "gold": gold}[sys.argv.pop(1)]
+    with patch.object(common.LocalModel, "generate", say):
+        stage.main()
+
+if __name__ == "__main__":
+    main()
+""")
+    spec = importlib.util.spec_from_file_location("runner", world.folder / "runner.py")
+    runner = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(runner)
+    for name, flags in (("generate_personas", ["--model", tiny, "--splits", "A=4,test=3", "--attempts", 60]),
+                        ("gold", ["--oracle", tiny, *world.flags("tasks", "personas"), "--split", "A", "test"])):
+        more = [name, *flags, "--dtype", "float32", "--output"]
+        out, _ = run(runner, *more, world.path(f"{name}-one.jsonl"))
+        two, _ = run_two(world.folder / "runner.py", *more, world.path(f"{name}-two.jsonl"))
+        files = [""] if name == "gold" else ["", ".replies"]
+        same_files(world, [f"{name}-one{file}.jsonl" for file in files], [f"{name}-two{file}.jsonl" for file in files])
+        assert out.splitlines()[-1].replace("-one", "-two") == two.splitlines()[-1]
+    assert "asked again" in run(runner, "generate_personas", "--model", tiny, "--splits", "A=4,test=3", "--dtype", "float32",
+                                "--attempts", 60, "--output", world.path("again.jsonl"))[0]
+
+
 def test_two_processes_select_as_one(run, world, tiny, select_stage):
     write_rows(world.path("c.jsonl"), world.conversations("A", n=3))
     small = ["--score-tokens", 600, "--batch-size", 2]          # 16 batches of scores and 6 of responses, dealt evenly

@@ -93,7 +93,6 @@ def test_a_dry_run_tells_the_calls_and_makes_none(run, world, tiny, server, monk
         run(stage, *flags, *before)
         first = len(server.requests) - made
         calls, most_in, most_out = told(stage, *flags)
-        sent = server.requests[made + first:]
         run(stage, *flags)
         sent = server.requests[made + first:]
         assert first > 0 and calls == len(sent), stage.__name__
@@ -208,9 +207,9 @@ def test_faults_are_seeded_shares(monkeypatch):
     empties = [occasions for occasions in again if "empty" in occasions]
     assert empties and all("empty" in occasions and None not in occasions for occasions in empties), "refusals last"
     assert any(occasions[0] == "429" and None in occasions for occasions in again), "the others pass"
-    for wrong in ({"tornado": 0.1}, {"429": 1.1}):
-        with pytest.raises(ValueError, match="shares from 0 to 1 of 429"):
-            toy.Faults(wrong)
+    for wrong in ('{"tornado": 0.1}', '{"429": 1.1}', '{"429": "a"}', '{"429": 0.9, "500": 0.9}', "3", "[1]"):
+        with pytest.raises(toy.argparse.ArgumentTypeError, match="shares of 429"):
+            toy.fault_shares(wrong)
 
 
 def test_torn_json_is_asked_for_again_and_a_lasting_one_ends_the_program(run, world, server):
@@ -254,13 +253,13 @@ def test_what_is_no_completion_ends_the_program_after_five_tries(run, world, ser
 def test_a_call_has_an_end(run, world, server, monkeypatch):
     """Whatever the client's own time-outs and repetitions do: with bytes that trickle they never strike."""
     wait_for = common.asyncio.wait_for
-    monkeypatch.setattr(common.asyncio, "wait_for", lambda call, seconds: wait_for(call, seconds / 70))   # 70 s for --timeout 1
+    monkeypatch.setattr(common.asyncio, "wait_for", lambda call, seconds: wait_for(call, seconds / 549))   # 549 s for --timeout 1
     over = threading.Event()
     server.reply = lambda request: over.wait(5) and None or (200, "Late.")
     begin = time.monotonic()
     _, err = run(gold, *gold_flags(world, server), "--limit", 1, "--timeout", 1, status=2)
     over.set()
-    assert "does not answer" in err and time.monotonic() - begin < 4
+    assert "does not answer (it never ends)" in err and time.monotonic() - begin < 8
 
 
 def test_a_split_named_twice_is_paid_once(run, world, server):
@@ -388,7 +387,7 @@ def check_kills(name, repetitions, seed, big, tiny, server, tmp_path, select_sta
     for k in range(repetitions):
         server.requests.clear()
         hits += kill_twice(stage, name, big, tiny, server, tmp_path / str(k), undisturbed, seconds, rng)
-        assert calls <= len(server.requests) <= 1.1 * calls, f"{len(server.requests)} calls instead of {calls}"
+        assert calls <= len(server.requests) <= 1.1 * calls + 2, f"{len(server.requests)} calls instead of {calls}"
     assert hits >= repetitions, "most kills should hit"
 
 
@@ -423,8 +422,9 @@ def test_ctrl_c_ends_at_once_in_one_line_and_keeps_what_is_done(name, world, tin
     process = subprocess.Popen([sys.executable, f"{name}.py", *map(str, flags), "--concurrency", "4"], cwd=ROOT, text=True,
                                stdout=subprocess.PIPE, stderr=subprocess.PIPE,
                                preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler))
+    begin = time.monotonic()
     while len(seen) < 12:
-        assert process.poll() is None, process.communicate()
+        assert process.poll() is None and time.monotonic() - begin < 120, process.communicate()
         time.sleep(0.02)
     begin = time.monotonic()
     process.send_signal(signal.SIGINT)
@@ -432,7 +432,7 @@ def test_ctrl_c_ends_at_once_in_one_line_and_keeps_what_is_done(name, world, tin
     release.set()
     assert time.monotonic() - begin < 5 and process.returncode in (-signal.SIGINT, 130), err
     assert [line for line in err.replace("\r", "\n").splitlines() if line.strip() and "it/s" not in line and "%|" not in line
-            ] == ["Interrupted. What is done is kept: start again with the same flags to go on."], err
+            ] == ["Interrupted. Rows that are done are kept: start again with the same flags."], err
     part = Path(flags[flags.index("--output") + 1] + ".part-0")
     assert read_lines(part), "what is done is kept"
 
@@ -481,15 +481,16 @@ def test_a_full_disk_leaves_the_old_results_and_no_half_model(big, tiny, server,
             code = end.code
         finally:
             os._exit(code)
-    assert wait(pid) == 2 and results.read_text() == before and not list(tmp_path.glob("*.tmp"))
+    assert wait(pid) == 2 and results.read_text() == before and not list(tmp_path.glob("*.unfinished"))
 
 
 def test_nothing_that_is_not_ours_is_removed_or_replaced(big, tiny, server, tmp_path):
     """A folder beside the model, a device, the target of a link."""
-    (tmp_path / "x.tmp").mkdir()
-    (tmp_path / "x.tmp/mine").write_text("mine")
+    for name in ("x.tmp", "x.old", "x2"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "mine").write_text("mine")
     assert wait(forked(train, stage_flags("train", big, tiny, server, tmp_path), tmp_path / "log")) == 0
-    assert (tmp_path / "x.tmp/mine").read_text() == "mine"
+    assert all((tmp_path / name / "mine").read_text() == "mine" for name in ("x.tmp", "x.old", "x2"))
     os.mkfifo(tmp_path / "pipe")
     with pytest.raises(SystemExit):
         common.write_results(tmp_path / "pipe", [])

@@ -41,7 +41,7 @@ def smoke(tmp_path_factory):
 
 def test_smoke_run(smoke):
     tmp_path, seconds = smoke
-    assert seconds < 360, "three minutes on two idle cores; a busy machine may take twice that"
+    assert seconds < 400, "under two minutes on two idle cores; a busy machine may take more than twice that"
     assert not is_up(tmp_path), "the server must be down again"
     for name in ("personas.jsonl", "gold.jsonl", "base/conversations.jsonl", "base/selected.jsonl",
                  "main/1/model/model.safetensors", "no_reg/1/model/model.safetensors", "main/1/test/verdicts.jsonl",

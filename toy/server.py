@@ -144,9 +144,6 @@ class Faults:
     depends on the request alone, a passing one also on how often the request came before."""
 
     def __init__(self, shares, seed=0):
-        unknown = set(shares) - {*PASSING, *LASTING}
-        if unknown or not all(0 <= share <= 1 for share in shares.values()):
-            raise ValueError(f"faults are shares from 0 to 1 of {', '.join(PASSING + LASTING)}")
         self.shares, self.seed, self.asked, self.lock = shares, seed, {}, threading.Lock()
 
     def draw(self, body):
@@ -162,6 +159,16 @@ class Faults:
                 u -= self.shares.get(kind, 0)
                 if u < 0:
                     return kind
+
+
+def fault_shares(text):
+    """JSON -> {kind: share}."""
+    value = json.loads(text)
+    if (type(value) is not dict or set(value) - {*PASSING, *LASTING} or
+            not all(type(share) in (int, float) and 0 <= share <= 1 for share in value.values()) or
+            any(sum(value.get(kind, 0) for kind in kinds) > 1 for kinds in (PASSING, LASTING))):
+        raise argparse.ArgumentTypeError(f"{text[:80]} is no JSON object with shares of {', '.join(PASSING + LASTING)}")
+    return value
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -242,7 +249,7 @@ def parse_args():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--port", type=int, default=8765, help="0: any free port")
     parser.add_argument("--port-file", help="the URL is written here once the server listens")
-    parser.add_argument("--faults", type=json.loads, default={}, metavar="JSON",
+    parser.add_argument("--faults", type=fault_shares, default={}, metavar="JSON",
                         help=f"shares of the requests that fail: {', '.join(PASSING)} (until repeated); "
                              f"{', '.join(LASTING)} (always)")
     parser.add_argument("--fault-seed", type=int, default=0, help="which ones")
