@@ -754,6 +754,8 @@ class ServerModel:
         finally:
             for task in running:
                 task.cancel()
+            if running:                                         # else asyncio would report them at exit, with tracebacks
+                self.loop.run_until_complete(asyncio.gather(*running, return_exceptions=True))
 
 
 class LocalModel:
