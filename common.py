@@ -754,7 +754,7 @@ class ServerModel:
         finally:
             for task in running:
                 task.cancel()
-            if running:                                         # else asyncio would report them at exit, with tracebacks
+            if running:                                         # else asyncio reports them at exit, with tracebacks
                 self.loop.run_until_complete(asyncio.gather(*running, return_exceptions=True))
 
 
@@ -806,34 +806,60 @@ class LocalModel:
         batches = [order[i:i + self.batch_size] for i in range(0, len(order), self.batch_size)]
         batches = [batch for batch in batches if any(i not in skip for i in batch)]
         for batch in batches[share.process_index::share.num_processes]:
-            seeds = [requests[i].seed for i in batch]
-            yield from zip(batch, self._replies([prompts[i] for i in batch], seeds, temperature, top_p, max_tokens))
+            chats, seeds = zip(*(requests[i] for i in batch))
+            replies = self._replies(chats, [prompts[i] for i in batch], seeds, temperature, top_p, max_tokens)
+            yield from zip(batch, replies)
 
-    def _replies(self, prompts, seeds, temperature, top_p, max_tokens):
-        """B lists of ids -> B replies, by plain `generate`. Equal prompts (the n samples of a first turn) are prefilled
-        once, and their cache is copied."""
+    def _prefill(self, chats, prompts):
+        """B chats with their ids -> ids and mask (B, L), and a cache of their first H columns. What the samples of a
+        pair have in common (in the first turn all but the last token, later the elicitation prompt and the task) is
+        computed once for each opening message, and its cache is copied."""
         import torch
         from transformers import DynamicCache
-        ids, mask = self._left_pad(prompts)
-        unique = list(dict.fromkeys(map(tuple, prompts)))
-        more = {}
-        if len(unique) < len(prompts):
-            cache = DynamicCache(config=self.model.config)
-            u_ids, u_mask = self._left_pad(unique)
-            with torch.inference_mode():                        # all but the last token, which `generate` feeds itself
-                self.model(u_ids[:, :-1], attention_mask=u_mask[:, :-1], position_ids=positions(u_mask)[:, :-1],
-                           past_key_values=cache, use_cache=True, logits_to_keep=1)
-            place = {prompt: u for u, prompt in enumerate(unique)}
-            cache.batch_select_indices(torch.tensor([place[tuple(p)] for p in prompts], device=ids.device))
-            more["past_key_values"] = cache
-        if temperature > 0:
-            draws = np.stack([np.random.default_rng(seed).random(max_tokens) for seed in seeds])
-            draws = torch.from_numpy(draws).to(self.model.device, torch.float32)
-            more["logits_processor"] = [nucleus_sampling(draws, temperature, top_p, ids.shape[1])]
-        out = self.model.generate(ids, attention_mask=mask, do_sample=False, max_new_tokens=max_tokens, **more)
-        for row in out[:, ids.shape[1]:].tolist():
-            stop = next((t for t, token in enumerate(row) if token in self.stops), len(row))
-            yield Reply(self.tokenizer.decode(row[:stop], skip_special_tokens=True).strip(), None, stop == max_tokens)
+        openings = defaultdict(list)                            # opening message -> prompts
+        for chat, prompt in zip(chats, prompts):
+            openings[chat[0]["content"]].append(prompt)
+        heads = {opening: os.path.commonprefix(together)[:min(map(len, together)) - 1]
+                 for opening, together in openings.items()}
+        place = [list(heads).index(chat[0]["content"]) for chat in chats]
+        tails = [prompt[len(heads[chat[0]["content"]]):] for chat, prompt in zip(chats, prompts)]
+        head_ids, head_mask = self._left_pad(list(heads.values()))                              # (U, H), U <= B
+        tail_ids, tail_mask = self._left_pad(tails)                                             # (B, L - H)
+        cache = DynamicCache(config=self.model.config)
+        with torch.inference_mode():
+            self.model(head_ids, attention_mask=head_mask, position_ids=positions(head_mask), past_key_values=cache,
+                       use_cache=True, logits_to_keep=1)
+        if len(heads) < len(prompts):
+            cache.batch_select_indices(torch.tensor(place, device=head_ids.device))
+        return torch.cat([head_ids[place], tail_ids], 1), torch.cat([head_mask[place], tail_mask], 1), cache
+
+    def _replies(self, chats, prompts, seeds, temperature, top_p, max_tokens):
+        """B chats with their ids -> B replies, by plain `generate`, 32 tokens at a time: rows that have ended then
+        leave the batch, since the longest of 256 answers is 3-5 times the mean."""
+        import torch
+        ids, mask, cache = self._prefill(chats, prompts)
+        draws = np.stack([np.random.default_rng(seed).random(max_tokens) for seed in seeds])
+        draws = torch.from_numpy(draws).to(ids.device, torch.float32)
+        said, alive, start = [[] for _ in prompts], list(range(len(prompts))), ids.shape[1]
+        while alive:
+            left = max_tokens - (ids.shape[1] - start)
+            sampling = [nucleus_sampling(draws[alive], temperature, top_p, start)] if temperature > 0 else []
+            out = self.model.generate(
+                ids, attention_mask=mask, past_key_values=cache, max_new_tokens=min(32, left), do_sample=False,
+                logits_processor=sampling, return_dict_in_generate=True)
+            new, going = out.sequences[:, ids.shape[1]:], []
+            for b, tokens in enumerate(new.tolist()):
+                stop = next((t for t, token in enumerate(tokens) if token in self.stops), len(tokens))
+                said[alive[b]] += tokens[:stop]
+                if stop == len(tokens) < left:
+                    going.append(b)
+            alive, cache, ids = [alive[b] for b in going], out.past_key_values, out.sequences[going]
+            mask = torch.cat([mask[going], mask.new_ones(len(going), new.shape[1])], 1)
+            if alive:
+                cache.batch_select_indices(torch.tensor(going, device=ids.device))
+        for tokens in said:
+            text = self.tokenizer.decode(tokens, skip_special_tokens=True).strip()
+            yield Reply(text, None, len(tokens) == max_tokens)
 
     def score(self, examples, tokens_per_batch, skip=(), share=OneProcess):
         """Yields (index, log-probability in nats): the sum over the last n tokens of ids, for examples (ids, n).
@@ -858,6 +884,19 @@ class LocalModel:
                 ours = torch.arange(keep, 0, -1, device=ids.device) <= n[:, None]
                 sums = torch.where(ours, log_p.double(), 0.0).sum(1)
             yield from zip(batch, sums.tolist())
+
+
+def score_rows(rows, chats, base, args, done, answer=0):
+    """Adds `tokens` and `log_prob` (nats; None where it is not finite) to the planned rows that are not done.
+
+    chats: a function from a row's index to its chat: 125,000 are built one at a time, and kept as arrays of ids.
+    answer: how many tokens must fit in the place of what is scored.
+    """
+    examples = [(np.array(ids, np.int32), n) for ids, n in (
+        scored_ids(base.tokenizer, chats(i)) for i in range(len(rows.keys)))]
+    base.fits(max(len(ids) - n for ids, n in examples) + answer)
+    for i, log_prob in base.score(examples, args.score_tokens, done, rows.processes):
+        rows.save(i, {"tokens": examples[i][1], "log_prob": round(log_prob, 6) if np.isfinite(log_prob) else None})
 
 
 def load_model(path, dtype):

@@ -34,7 +34,7 @@ import numpy as np
 from common import (Reply, Request, Rows, add_local_flags, add_server_flags, announce, by_pair, digest, fail, fraction,
                     key_of, known, letters, local_model, mean_sem, model_name, open_model, output_path, pair_of,
                     positive, read_conversations, read_gold, read_personas, read_rows, read_tasks, response_form,
-                    rotation, sample_pairs, say, scored_ids, seed_for, spent, stage_parser, start_processes,
+                    rotation, sample_pairs, say, score_rows, seed_for, spent, stage_parser, start_processes,
                     temperature, write_results)
 
 JUDGE_SYSTEM_PROMPT = (
@@ -299,25 +299,23 @@ def log_probs(e):
         if pair not in e.golds:
             fail(f"{args.gold}: no gold response for {pair}. Run gold.py for the split, with simulate.py's --limit and "
                  "--seed.")
-    chats = {key: conversation for key, conversation in conditions(
+    talks = {key: conversation for key, conversation in conditions(
         e.conversations, [persona_id for persona_id, row in e.personas.items() if row["split"] == args.split],
         args.seed, controls=args.iteration == 0).items() if e.golds[key[:2]] is not None}
-    count = Counter(key[3] for key in chats)
+    count = Counter(key[3] for key in talks)
     e.left_out["pairs without a gold response"] = sum(e.golds[pair] is None for pair in e.turns)
     e.left_out["conversations without another persona's"] = count["q_experimental"] - count["q_random"]
     rows = Rows(f"{args.output}/log_probs.jsonl", ("task_id", "persona_id", "sample", "condition"), e.score_settings,
                 e.processes)
-    keys = list(chats)
-    chats = {key: [*e.form(key[:2], chats[key] or [], with_persona=key[3] == "positive_control"),
-                   {"role": "assistant", "content": e.golds[key[:2]]}] for key in keys}
+    keys = list(talks)
 
-    done = rows.plan(keys, [digest(chats[key]) for key in keys], "gold log-probabilities")
+    def scored_chat(i):
+        form = e.form(keys[i][:2], talks[keys[i]] or [], with_persona=keys[i][3] == "positive_control")
+        return [*form, {"role": "assistant", "content": e.golds[keys[i][:2]]}]
+
+    done = rows.plan(keys, [digest(scored_chat(i)) for i in range(len(keys))], "gold log-probabilities")
     if len(done) < len(keys):
-        base = e.model(args.base)
-        examples = [scored_ids(base.tokenizer, chats[key]) for key in keys]
-        for i, log_prob in base.score(examples, args.score_tokens, done, e.processes):
-            rows.save(i, {"tokens": examples[i][1],
-                          "log_prob": round(log_prob, 6) if math.isfinite(log_prob) else None})
+        score_rows(rows, scored_chat, e.model(args.base), args, done)
     rows.finish()
 
     def pair_means(rows_of):
@@ -325,7 +323,7 @@ def log_probs(e):
         return {condition: by_pair([row for row in finite if row["condition"] == condition], "log_prob")
                 for condition in CONDITIONS if condition}
 
-    mine = [row for row in rows.read() if tuple(row[name] for name in rows.key) in chats]
+    mine = [row for row in rows.read() if tuple(row[name] for name in rows.key) in talks]
     e.left_out["log-probabilities not finite"] = sum(row["log_prob"] is None for row in mine)
     ours = pair_means(mine)
     results = [e.result("gold_log_prob", condition, ours[condition]) for condition in ours if ours[condition]]

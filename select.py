@@ -36,7 +36,7 @@ else:
 
     from common import (Request, Rows, add_local_flags, digest, fail, key_of, known, local_model, model_name,
                         open_model, pair_of, positive, read_conversations, read_gold, read_personas, read_tasks,
-                        response_form, rotation, sample_pairs, say, scored_ids, seed_for, stage_parser,
+                        response_form, rotation, sample_pairs, say, score_rows, seed_for, stage_parser,
                         start_processes)
 
 # Not in the paper: the released code puts this before the first turn when it samples the response, and leaves it out
@@ -160,16 +160,15 @@ def main():
         return personas[row["persona_id"]]["name"], tasks[row["task_id"]]["task"], row["conversation"]
 
     # Line 4: log p_QBASE(g | t, s), for every conversation.
-    chats, keys = [gold_chat(*form(row), golds[pair_of(row)]) for row in rows], [key_of(row) for row in rows]
-    done, base = scores.plan(keys, list(map(digest, chats)), "gold log-probabilities"), None
+    def scored_chat(i):
+        return gold_chat(*form(rows[i]), golds[pair_of(rows[i])])
+
+    keys, base = [key_of(row) for row in rows], None
+    done = scores.plan(keys, [digest(scored_chat(i)) for i in range(len(rows))], "gold log-probabilities")
     if len(done) < len(keys):
         base = open_model(args.base, args, processes)
-        examples = [scored_ids(base.tokenizer, chat) for chat in chats]
-        if not args.no_response:                                # no room for a response: found out before the scores
-            base.fits(max(len(ids) - n for ids, n in examples) + args.max_tokens)
-        for i, log_prob in base.score(examples, args.score_tokens, done, processes):
-            scores.save(i, {"tokens": examples[i][1],
-                            "log_prob": round(log_prob, 6) if math.isfinite(log_prob) else None})
+        # No room for a response is found out before the scores.
+        score_rows(scores, scored_chat, base, args, done, answer=0 if args.no_response else args.max_tokens)
     scores.finish()
 
     log_probs, wanted = defaultdict(dict), set(keys)            # pair -> {sample: log p(gold)}

@@ -264,6 +264,16 @@ def test_what_is_no_completion_ends_the_program_after_five_tries(run, world, ser
     assert "no chat completion" in err and len(err.strip().splitlines()) == 1 and len(server.requests) == 5
 
 
+def test_an_answer_that_outgrows_the_context_is_a_refused_conversation(run, world, tiny, server):
+    server.reply = lambda request: (200, "Well, " * (900 if "I'm Ann" in request["messages"][1]["content"] else 1))
+    flags = [*simulate_flags(world, tiny, server), "--max-refused", 0.5]
+    run(simulate, *flags)
+    rows = read_lines(world.path("c.jsonl"))
+    long = [row for row in rows if row["persona_id"] == "Ap0" and row["turns"] > 1]
+    assert long and [row for row in rows if "refused" in row] == long
+    assert all(row["refused"].startswith("assistant, turn 2: ") and "room for 4096" in row["refused"] for row in long)
+
+
 def test_a_call_has_an_end(run, world, server, monkeypatch):
     """Whatever the client's own time-outs and repetitions do: with bytes that trickle they never strike."""
     wait_for = common.asyncio.wait_for

@@ -1,4 +1,5 @@
 """Log-probabilities, generation and chats, each against a second way to the same answer."""
+import os
 import json
 from types import SimpleNamespace
 
@@ -94,6 +95,41 @@ def test_greedy_batches_equal_plain_greedy_generation(model, tiny):
     requests = [Request(chat) for chat in chats(7)]
     replies = dict(model.generate(requests, 0.0, 1.0, 12))
     assert [replies[i].text for i in range(7)] == [plain_generate(tiny, model.tokenizer, r.chat, 12) for r in requests]
+
+
+def test_shared_openings_and_rows_that_leave_change_no_text(tiny):
+    """Samples of three pairs in their second and third turn; answers end anywhere in 100 tokens, or not at all."""
+    model = local(tiny, batch_size=9)
+    few = [*range(65, 91), model.tokenizer.eos_token_id]
+    with torch.no_grad():                                        # says few letters, so that the end comes often
+        model.model.lm_head.weight[[i for i in range(len(model.tokenizer)) if i not in few]] = 0
+        model.model.lm_head.weight[model.tokenizer.eos_token_id] *= 1.3
+    requests = [Request([{"role": "user", "content": f"Ask about {'tea ' * pair}."},
+                         *[{"role": role, "content": f"{sample} " * (1 + (pair + 5 * sample) % 7)} for _ in range(1 + sample % 2)
+                           for role in ("assistant", "user")]], 10 * pair + sample) for pair in (1, 2, 9) for sample in range(3)]
+    prompts = [common.prompt_ids(model.tokenizer, request.chat) for request in requests]
+    for temperature in (0.0, 0.9):
+        seen = []
+        hook = model.model.register_forward_pre_hook(with_kwargs=True, hook=lambda module, ids, more: seen.append(
+            (ids or [more["input_ids"]])[0].shape))
+        replies = dict(model.generate(requests, temperature, 0.9, 100))
+        hook.remove()
+        heads = [len(os.path.commonprefix(prompts[i // 3 * 3:i // 3 * 3 + 3])) for i in range(9)]
+        assert seen[0] == (3, max(heads)), "one row for an opening"
+        assert seen[1] == (9, max(len(prompt) - head for prompt, head in zip(prompts, heads))), "and the rest for each row"
+        texts, lengths, cut = [], [], []
+        for request, prompt in zip(requests, prompts):           # one row at a time, all of it, in a single call
+            draws = torch.from_numpy(np.random.default_rng(request.seed).random((1, 100))).float()
+            sampling = [common.nucleus_sampling(draws, temperature, 0.9, len(prompt))] if temperature else []
+            out = model.model.generate(torch.tensor([prompt]), attention_mask=torch.ones(1, len(prompt), dtype=torch.long),
+                                       do_sample=False, max_new_tokens=100, logits_processor=sampling)[0, len(prompt):]
+            texts.append(model.tokenizer.decode(out, skip_special_tokens=True).strip())
+            lengths.append(len(out))
+            cut.append(out[-1] != model.tokenizer.eos_token_id)
+        assert [replies[i].text for i in range(9)] == texts and [replies[i].cut for i in range(9)] == cut
+        if temperature:
+            assert min(lengths) < 32 < max(lengths) and len(set(lengths)) > 4, lengths
+            assert sum(shape[0] for shape in seen[2:]) < 0.8 * 9 * max(lengths), "rows that have ended leave"
 
 
 def test_a_sample_depends_on_its_own_seed_alone(model, tiny):
