@@ -136,10 +136,10 @@ def main():
         wanted = [w for w in args.splits if w in wanted]
     missing = [w for w in wanted if (w[0],) not in rows]
     taken, rejected, model = list(rows.read()), Counter(), None
-    asked = Counter(persona_id for persona_id, _ in replies.done)
+    tried = Counter(persona_id for persona_id, _ in replies.done)
     announce(processes, args, args.model,
-             [letters(persona_request(examples, seed_for(args.seed, persona_id, asked[persona_id])).chat)
-              for persona_id, _ in missing if asked[persona_id] < args.attempts], args.max_tokens, [rows, replies],
+             [letters(persona_request(examples, seed_for(args.seed, persona_id, tried[persona_id])).chat)
+              for persona_id, _ in missing if tried[persona_id] < args.attempts], args.max_tokens, [rows, replies],
              f"; and for each unusable reply another call, {args.attempts} a persona at most")
     for attempt in range(args.attempts):
         keys = [(persona_id, attempt) for persona_id, _ in missing]

@@ -270,8 +270,8 @@ def compare_trl(args, folder):
                                  processing_class=tokenizer, args=trl.SFTConfig(
             scratch, per_device_train_batch_size=4, gradient_accumulation_steps=16, learning_rate=2e-5,
             weight_decay=0.0, num_train_epochs=1, max_length=None, save_strategy="no", logging_strategy="no",
-            report_to="none", disable_tqdm=True, train_sampling_strategy="group_by_length", use_cpu=args.device == "cpu",
-            bf16=False, gradient_checkpointing=False, per_device_eval_batch_size=4))
+            report_to="none", disable_tqdm=True, train_sampling_strategy="group_by_length",
+            use_cpu=args.device == "cpu", bf16=False, gradient_checkpointing=False, per_device_eval_batch_size=4))
         theirs = trainer.evaluate()["eval_loss"]
         ours = our_step(model, optimizer, examples, 4, pad)
         assert abs(ours - theirs) < 0.02, (ours, theirs)     # its evaluation is a mean of batch means
