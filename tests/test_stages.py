@@ -94,6 +94,15 @@ def test_gold_covers_all_pairs_and_records_refusals(run, server, world):
     assert golds["A2", "Ap0"] is None and golds["A1", "Ap0"] == "Gold."
 
 
+def test_an_empty_gold_of_a_local_model_is_a_refusal_too(run, world, tiny, monkeypatch):
+    monkeypatch.setattr(common.LocalModel, "generate", lambda self, requests, *_: (
+        (i, common.Reply("Gold." if i % 2 else "")) for i in range(len(requests))))
+    run(gold, "--oracle", tiny, *LOCAL, *world.flags("tasks", "personas"), "--split", "A", "--max-refused", 0.5, "--output",
+        world.path("g.jsonl"))
+    assert [row.get("refused") for row in read_lines(world.path("g.jsonl"))].count("empty") == 6
+    assert list(common.read_gold(world.path("g.jsonl")).values()).count(None) == 6
+
+
 def test_limit_is_a_seeded_and_nested_sample(world):
     tasks, personas = (common.read_tasks(world.path("tasks.jsonl")), common.read_personas(world.path("personas.jsonl")))
     ids = lambda **more: [(t["task_id"], p["persona_id"]) for t, p in common.all_pairs(tasks, personas, "A", **more)]
