@@ -103,19 +103,12 @@ class Texts:
 
 # ---------------------------------------------------------------- the wrapper: how the released code calls the library
 
-def left_pad(rows, pad, device):
-    ids, mask = np.full((len(rows), max(map(len, rows))), pad), np.zeros((len(rows), max(map(len, rows))), int)
-    for b, row in enumerate(rows):
-        ids[b, -len(row):], mask[b, -len(row):] = row, 1
-    return torch.from_numpy(ids).to(device), torch.from_numpy(mask).to(device)
-
-
 def wrapper_generate(local, requests, temperature, top_p, max_tokens):
     """Batches in file order, each row prefilled by itself, all rows until the longest has ended. The random numbers are
     ours, so that the texts can be compared."""
     for begin in range(0, len(requests), local.batch_size):
         batch = requests[begin:begin + local.batch_size]
-        ids, mask = left_pad([common.prompt_ids(local.tokenizer, r.chat) for r in batch], local.pad, local.model.device)
+        ids, mask = local._left_pad([common.prompt_ids(local.tokenizer, r.chat) for r in batch])
         draws = np.stack([np.random.default_rng(r.seed).random(max_tokens) for r in batch])
         draws = torch.from_numpy(draws).to(local.model.device, torch.float32)
         sampling = [common.nucleus_sampling(draws, temperature, top_p, ids.shape[1])] if temperature > 0 else []
@@ -129,7 +122,7 @@ def wrapper_score(local, examples, batch_size=16):
     sums = []
     for begin in range(0, len(examples), batch_size):
         batch = examples[begin:begin + batch_size]
-        ids, mask = left_pad([ids for ids, _ in batch], local.pad, local.model.device)
+        ids, mask = local._left_pad([ids for ids, _ in batch])
         with torch.inference_mode():
             logits = local.model(ids, attention_mask=mask, position_ids=common.positions(mask)).logits.float()
             log_p = logits[:, :-1].log_softmax(-1).gather(2, ids[:, 1:, None])[..., 0]
