@@ -57,7 +57,10 @@ toy | smoke)                                    # the embedded world (toy/): its
     # The Questioner asks from its own distribution. At the paper's .9 and .9 it is sharper than that, and training on
     # such samples sharpens it further: then even --pick random gained 1.1 nats (NOTES.md), and was no control.
     SIMULATE_FLAGS="--temperature 1 --top-p 1 $SIMULATE_FLAGS"
+    SERVER_FLAGS="--concurrency 8 $SERVER_FLAGS"                # answers by rule come at once: more only wait for it
     export OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
+    # glibc keeps the memory that it has: a cache grows with each token, and would be fetched from the system each time.
+    export MALLOC_TRIM_THRESHOLD_=1000000000 MALLOC_MMAP_THRESHOLD_=1000000000
     ;;
 paper)                                          # the published run's settings are the stages' defaults
     VARIANTS=${VARIANTS:-main base_answers no_reg gold}

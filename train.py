@@ -26,13 +26,15 @@ from collections import defaultdict
 from contextlib import nullcontext
 from pathlib import Path
 
-from common import (add_dtype_flag, claim, digest, fail, known, load_model, load_tokenizer, local_model, model_name,
-                    not_negative, pair_of, positive, progress, read_conversations, read_gold, read_personas, read_tasks,
-                    response_form, sample_pairs, say, stage_parser, start_processes, training_examples, writing)
+from common import (add_dtype_flag, claim, digest, fail, known, lasting_imports, load_model, load_tokenizer, local_model,
+                    model_name, not_negative, pair_of, positive, progress, read_conversations, read_gold, read_personas,
+                    read_tasks, response_form, sample_pairs, say, stage_parser, start_processes, training_examples,
+                    writing)
 
 import numpy as np  # noqa: E402  (after common: Ctrl-C while torch loads is one line)
-import torch  # noqa: E402
-import torch.nn.functional as F  # noqa: E402
+with lasting_imports():
+    import torch
+    import torch.nn.functional as F
 
 
 def example_chat(name, task, conversation, response=None):
