@@ -44,14 +44,14 @@ def example_chat(name, task, conversation, response=None):
     return form[:-1] if response is None else [*form, {"role": "assistant", "content": response}]
 
 
-def collate(examples, pad):
+def collate(examples, pad, device=None):
     """[(ids, labels)] -> ids, mask, labels, each (B, T), padded on the right; the mask is made from lengths, since pad
     may be EOS, and an EOS inside a conversation must be seen."""
     T = max(len(ids) for ids, _ in examples)
-    ids = torch.tensor([row + [pad] * (T - len(row)) for row, _ in examples])
-    mask = torch.tensor([[1] * len(row) + [0] * (T - len(row)) for row, _ in examples])
-    labels = torch.tensor([row + [-100] * (T - len(row)) for _, row in examples])
-    return ids, mask, labels
+    ids = [row + [pad] * (T - len(row)) for row, _ in examples]
+    mask = [[1] * len(row) + [0] * (T - len(row)) for row, _ in examples]
+    labels = [row + [-100] * (T - len(row)) for _, row in examples]
+    return tuple(torch.tensor(rows, device=device) for rows in (ids, mask, labels))
 
 
 def sum_loss(model, ids, mask, labels):
@@ -77,6 +77,31 @@ def epoch_batches(lengths, batch_size, generator):
 def micro_batches(batch, count):
     """A batch of indices as `count` runs of about equal length; of a short last batch some may be empty."""
     return [run.tolist() for run in np.array_split(batch, count)]
+
+
+def step(accelerator, model, optimizer, runs, supervised, pad, clip):
+    """One step of the optimizer: (mean loss of a supervised token in nats, norm of the gradient before clipping).
+
+    runs: this process's micro-batches [(ids, labels)]; supervised: the number of supervised tokens in the whole batch,
+    on all processes. The loss of a step is the sum over the batch's supervised tokens, divided by their number. (A mean
+    of micro-batch means would weigh the tokens of short conversations more.)
+    """
+    total = torch.zeros((), dtype=torch.float64, device=accelerator.device)
+    for number, run in enumerate(runs):
+        with accelerator.no_sync(model) if number < len(runs) - 1 else nullcontext():
+            loss = sum_loss(model, *collate(run, pad, accelerator.device))
+            accelerator.backward(loss * accelerator.num_processes / supervised)     # DDP and FSDP average over them
+        total += loss.detach()
+    norm = accelerator.clip_grad_norm_(model.parameters(), clip)
+    optimizer.step()
+    optimizer.zero_grad()
+    return (accelerator.reduce(total).item() / supervised,
+            float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm))    # FSDP2 returns a DTensor
+
+
+def count_supervised(examples):
+    """How many tokens of some examples are learned from; the first one has nothing before it."""
+    return sum(label != -100 for _, labels in examples for label in labels[1:])
 
 
 def parse_args():
@@ -180,23 +205,22 @@ def main():
     warmup = min(math.ceil(args.warmup * len(batches)), len(batches) - 1)
     schedule = get_cosine_schedule_with_warmup(optimizer, warmup, len(batches))
 
-    def run(indices, pool):
-        """(summed loss, supervised tokens) of some examples; of none, a loss of 0 that still reaches every weight,
-        since all processes must go backward together."""
-        chosen = [pool[i] for i in indices] or [(pool[0][0], [-100] * len(pool[0][0]))]
-        ids, mask, labels = (tensor.to(accelerator.device) for tensor in collate(chosen, pad))
-        return sum_loss(model, ids, mask, labels), int((labels[:, 1:] != -100).sum())
+    nothing = examples[0][0], [-100] * len(examples[0][0])      # all processes must go backward together: a loss of 0
+
+    def dealt(pool, indices, count):
+        """This process's share of `count` micro-batches: lists of examples."""
+        runs = micro_batches(indices, count)[accelerator.process_index::world]
+        return [[pool[i] for i in run] or [nothing] for run in runs]
 
     def validation_loss():
         """Mean loss of a supervised token, in nats; the examples are dealt to the processes. NaN without examples."""
         model.eval()
         total = torch.zeros(2, dtype=torch.float64, device=accelerator.device)
         with torch.no_grad():
-            runs = world * max(1, math.ceil(len(validation) / (args.micro_batch_size * world)))
-            dealt = micro_batches(range(len(validation)), runs)[accelerator.process_index::world]
-            for batch in dealt if validation else []:
-                loss, tokens = run(batch, validation)
-                total += torch.tensor([loss.item(), tokens], device=accelerator.device)
+            count = world * max(1, math.ceil(len(validation) / (args.micro_batch_size * world)))
+            for run in dealt(validation, range(len(validation)), count) if validation else []:
+                loss = sum_loss(model, *collate(run, pad, accelerator.device))
+                total += torch.tensor([loss.item(), count_supervised(run)], device=accelerator.device)
         model.train()
         total = accelerator.reduce(total)
         return (total[0] / total[1]).item() if validation else float("nan")
@@ -205,23 +229,11 @@ def main():
     bar = progress(len(batches), "steps", processes)
     model.train()
     for batch in batches:
-        # The loss of a step: summed over the supervised tokens of the whole batch, divided by their number. (A mean of
-        # micro-batch means would weigh the tokens of short conversations more.)
-        supervised = sum(label != -100 for i in batch for label in examples[i][1][1:])
-        total = torch.zeros((), dtype=torch.float64, device=accelerator.device)
-        mine = micro_batches(batch, accumulation * world)[accelerator.process_index::world]
-        for number, indices in enumerate(mine):
-            last = number == len(mine) - 1
-            with nullcontext() if last else accelerator.no_sync(model):
-                loss, _ = run(indices, examples)
-                accelerator.backward(loss * world / supervised)     # x world: DDP and FSDP average over the processes
-            total += loss.detach()
-        norm = accelerator.clip_grad_norm_(model.parameters(), args.clip)
-        norms.append(float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm))      # FSDP2 returns a DTensor
-        optimizer.step()
+        loss, norm = step(accelerator, model, optimizer, dealt(examples, batch, accumulation * world),
+                          count_supervised(examples[i] for i in batch), pad, args.clip)
         schedule.step()
-        optimizer.zero_grad()
-        losses.append(accelerator.reduce(total).item() / supervised)
+        losses.append(loss)
+        norms.append(norm)
         if not math.isfinite(losses[-1]):
             fail(f"the loss is {losses[-1]} after {len(losses)} steps; nothing is saved. Lower --lr.")
         bar.update()

@@ -38,10 +38,10 @@ def main():
     kept = {"texts": [], "gradients": [], "sums": []}
     collate, clip, reduce = train.collate, Accelerator.clip_grad_norm_, Accelerator.reduce
 
-    def keep_texts(examples, pad):
+    def keep_texts(examples, pad, device):
         if torch.is_grad_enabled():                              # not those that are held out
             kept["texts"].append([ids for ids, _ in examples])
-        return collate(examples, pad)
+        return collate(examples, pad, device)
 
     def keep_gradients(self, parameters, *more):
         parameters = list(parameters)
