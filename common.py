@@ -774,6 +774,43 @@ class ServerModel:
                 self.loop.run_until_complete(asyncio.gather(*running, return_exceptions=True))
 
 
+BATCHES_IN_A_GROUP = 4              # what a kill may lose, against steps that run nearly empty at a group's end
+
+
+class Batch:
+    """Rows that are generated side by side: ids and mask (B, L), padded on the left, and a cache of their first
+    columns; of all but the last one where they have begun, or are about to join such."""
+
+    def __init__(self, ids, mask, cache):
+        self.ids, self.mask, self.cache = ids, mask, cache
+        # A sliding window's cache holds another number of columns: rows of another batch cannot stand beside its own.
+        self.elastic = all(type(layer).__name__ == "DynamicLayer" for layer in cache.layers)
+
+    def join(self, other, pad):
+        """Takes in another batch's rows, and returns itself; all are as wide as the widest then."""
+        import torch
+        from torch.nn.functional import pad as widen
+        L = max(self.ids.shape[1], other.ids.shape[1])
+        self.ids = torch.cat([widen(batch.ids, (L - batch.ids.shape[1], 0), value=pad) for batch in (self, other)])
+        self.mask = torch.cat([widen(batch.mask, (L - batch.mask.shape[1], 0)) for batch in (self, other)])
+        for ours, theirs in zip(self.cache.layers, other.cache.layers):
+            ours.keys, ours.values = (                          # (B, heads, L - 1, d)
+                torch.cat([widen(x, (0, 0, L - 1 - x.shape[2], 0)) for x in both])
+                for both in ((ours.keys, theirs.keys), (ours.values, theirs.values)))
+        return self
+
+    def go_on(self, ids, rows):
+        """Takes over what `generate` has made of it, ids (B, L + T), for some of the rows; leaves out the columns in
+        which none of them has a token."""
+        import torch
+        mask = torch.cat([self.mask, self.mask.new_ones(len(ids), ids.shape[1] - self.ids.shape[1])], 1)[rows]
+        first = int(mask.any(0).int().argmax()) if self.elastic else 0
+        self.ids, self.mask = ids[rows, first:], mask[:, first:]
+        self.cache.batch_select_indices(torch.tensor(rows, device=ids.device))
+        for layer in self.cache.layers if first else ():
+            layer.keys, layer.values = layer.keys[:, :, first:], layer.values[:, :, first:]
+
+
 class LocalModel:
     """A Hugging Face causal language model with its tokenizer, on this process's device."""
 
@@ -808,28 +845,34 @@ class LocalModel:
                  "Shorten the texts, lower the flag for the longest answer, or use a model with a longer context.")
 
     def generate(self, requests, temperature, top_p, max_tokens, skip=(), share=OneProcess, strict=True):
-        """Yields (index, Reply) batch by batch. Batches depend on the whole list, not on what is done already: with the
-        same batch size a restart computes the very same matrices. `skip` and `share` as in ServerModel. A prompt that
-        is too long for the context ends the program; where it is not strict, it is refused."""
+        """Yields (index, Reply) as answers end. `skip` and `share` as in ServerModel. A prompt that is too long for the
+        context ends the program; where it is not strict, it is refused.
+
+        Requests go in groups that depend on the whole list, not on what is done already: after a restart a group that
+        is not whole is generated once more, from the very same matrices (with the same batch size and processes).
+        """
         prompts = [prompt_ids(self.tokenizer, request.chat) for request in requests]
         if strict:
             self.fits(max(map(len, prompts), default=0) + max_tokens)
         long = {i for i, prompt in enumerate(prompts) if self.room and len(prompt) + max_tokens > self.room}
         for i in [i for i in sorted(long) if i not in skip][share.process_index::share.num_processes]:
             yield i, Reply("", f"{len(prompts[i])} + {max_tokens} tokens, the model has room for {self.room}")
-        short = set(range(len(prompts))) - long
-        order = sorted(short, key=lambda i: (-len(prompts[i]), prompts[i], i))                   # longest first
-        batches = [order[i:i + self.batch_size] for i in range(0, len(order), self.batch_size)]
-        batches = [batch for batch in batches if any(i not in skip for i in batch)]
-        for batch in batches[share.process_index::share.num_processes]:
-            chats, seeds = zip(*(requests[i] for i in batch))
-            replies = self._replies(chats, [prompts[i] for i in batch], seeds, temperature, top_p, max_tokens)
-            yield from zip(batch, replies)
+        short, longest = set(range(len(prompts))) - long, Counter()     # opening message -> length of its longest prompt
+        opening = [request.chat[0]["content"] for request in requests]
+        for i in short:
+            longest[opening[i]] = max(longest[opening[i]], len(prompts[i]))
+        # Longest first; but what has the same opening stays together, since that is computed once (_prefill).
+        order = sorted(short, key=lambda i: (-longest[opening[i]], opening[i], -len(prompts[i]), prompts[i], i))
+        order, size = order[share.process_index::share.num_processes], BATCHES_IN_A_GROUP * self.batch_size
+        for group in (order[i:i + size] for i in range(0, len(order), size)):
+            if any(i not in skip for i in group):
+                requested = [(i, requests[i].chat, prompts[i], requests[i].seed) for i in group]
+                yield from self._replies(requested, temperature, top_p, max_tokens)
 
-    def _prefill(self, chats, prompts):
-        """B chats with their ids -> ids and mask (B, L), and a cache of their first H columns. What the samples of a
-        pair have in common (in the first turn all but the last token, later the elicitation prompt and the task) is
-        computed once for each opening message, and its cache is copied."""
+    def _prefill(self, chats, prompts, whole):
+        """B chats with their ids -> a Batch. What the samples of a pair have in common (in the first turn all but the
+        last token, later the elicitation prompt and the task) is computed once for each opening message, and its cache
+        is copied. The rest of a row is left to `generate`, or, to make it `whole`, computed here."""
         import torch
         from transformers import DynamicCache
         openings = defaultdict(list)                            # opening message -> prompts
@@ -841,41 +884,49 @@ class LocalModel:
         tails = [prompt[len(heads[chat[0]["content"]]):] for chat, prompt in zip(chats, prompts)]
         head_ids, head_mask = self._left_pad(list(heads.values()))                              # (U, H), U <= B
         tail_ids, tail_mask = self._left_pad(tails)                                             # (B, L - H)
-        cache = DynamicCache(config=self.model.config)
+        ids, mask = torch.cat([head_ids[place], tail_ids], 1), torch.cat([head_mask[place], tail_mask], 1)
+        cache, H = DynamicCache(config=self.model.config), head_ids.shape[1]
         with torch.inference_mode():
             self.model(head_ids, attention_mask=head_mask, position_ids=positions(head_mask), past_key_values=cache,
                        use_cache=True, logits_to_keep=1)
-        if len(heads) < len(prompts):
-            cache.batch_select_indices(torch.tensor(place, device=head_ids.device))
-        return torch.cat([head_ids[place], tail_ids], 1), torch.cat([head_mask[place], tail_mask], 1), cache
+            if len(heads) < len(prompts):
+                cache.batch_select_indices(torch.tensor(place, device=ids.device))
+            if whole and H < ids.shape[1] - 1:
+                self.model(tail_ids[:, :-1], attention_mask=mask[:, :-1], position_ids=positions(mask)[:, H:-1],
+                           past_key_values=cache, use_cache=True, logits_to_keep=1)
+        return Batch(ids, mask, cache)
 
-    def _replies(self, chats, prompts, seeds, temperature, top_p, max_tokens):
-        """B chats with their ids -> B replies, by plain `generate`, 32 tokens at a time: rows that have ended then
-        leave the batch, since the longest of 256 answers is 3-5 times the mean."""
+    def _replies(self, requested, temperature, top_p, max_tokens):
+        """(index, chat, ids, seed) of some requests -> (index, Reply) as answers end, by plain `generate`, 32 tokens at
+        a time: rows that have ended then leave the batch, and others take their places. (Were batches to wait for their
+        longest answer, which is 3-5 times the mean, most steps would run nearly empty.)"""
         import torch
-        ids, mask, cache = self._prefill(chats, prompts)
-        draws = np.stack([np.random.default_rng(seed).random(max_tokens) for seed in seeds])
-        draws = torch.from_numpy(draws).to(ids.device, torch.float32)
-        said, alive, start = [[] for _ in prompts], list(range(len(prompts))), ids.shape[1]
-        while alive:
-            left = max_tokens - (ids.shape[1] - start)
-            sampling = [nucleus_sampling(draws[alive], temperature, top_p, start)] if temperature > 0 else []
-            out = self.model.generate(
-                ids, attention_mask=mask, past_key_values=cache, max_new_tokens=min(32, left), do_sample=False,
-                logits_processor=sampling, return_dict_in_generate=True)
-            new, going = out.sequences[:, ids.shape[1]:], []
-            for b, tokens in enumerate(new.tolist()):
+        waiting, batch, alive = list(requested), None, []       # alive: (index, random numbers, tokens said) of a row
+        while waiting or alive:
+            free = self.batch_size - len(alive)
+            if waiting and (not alive or batch.elastic and free >= self.batch_size / 4):
+                indices, chats, prompts, seeds = zip(*waiting[:free])
+                new, waiting = self._prefill(chats, prompts, whole=bool(alive)), waiting[free:]
+                batch = batch.join(new, self.pad) if alive else new
+                alive += [(i, np.random.default_rng(seed), []) for i, seed in zip(indices, seeds)]
+            L, steps = batch.ids.shape[1], min(32, max_tokens - max(len(said) for _, _, said in alive))
+            draws = torch.tensor(np.stack([random.random(steps) for _, random, _ in alive]), dtype=torch.float32)
+            sampling = [nucleus_sampling(draws.to(batch.ids.device), temperature, top_p, L)] if temperature > 0 else []
+            ids = self.model.generate(
+                batch.ids, attention_mask=batch.mask, past_key_values=batch.cache, max_new_tokens=steps,
+                do_sample=False, logits_processor=sampling)
+            going = []
+            for row, ((i, _, said), tokens) in enumerate(zip(alive, ids[:, L:].tolist())):
                 stop = next((t for t, token in enumerate(tokens) if token in self.stops), len(tokens))
-                said[alive[b]] += tokens[:stop]
-                if stop == len(tokens) < left:
-                    going.append(b)
-            alive, cache, ids = [alive[b] for b in going], out.past_key_values, out.sequences[going]
-            mask = torch.cat([mask[going], mask.new_ones(len(going), new.shape[1])], 1)
+                said += tokens[:stop]
+                if stop == len(tokens) and len(said) < max_tokens:
+                    going.append(row)
+                else:
+                    text = self.tokenizer.decode(said, skip_special_tokens=True).strip()
+                    yield i, Reply(text, None, len(said) == max_tokens)
+            alive = [alive[row] for row in going]
             if alive:
-                cache.batch_select_indices(torch.tensor(going, device=ids.device))
-        for tokens in said:
-            text = self.tokenizer.decode(tokens, skip_special_tokens=True).strip()
-            yield Reply(text, None, len(tokens) == max_tokens)
+                batch.go_on(ids, going)
 
     def score(self, examples, tokens_per_batch, skip=(), share=OneProcess):
         """Yields (index, log-probability in nats): the sum over the last n tokens of ids, for examples (ids, n).

@@ -97,9 +97,11 @@ def test_greedy_batches_equal_plain_greedy_generation(model, tiny):
     assert [replies[i].text for i in range(7)] == [plain_generate(tiny, model.tokenizer, r.chat, 12) for r in requests]
 
 
-def test_shared_openings_and_rows_that_leave_change_no_text(tiny):
-    """Samples of three pairs in their second and third turn; answers end anywhere in 100 tokens, or not at all."""
-    model = local(tiny, batch_size=9)
+@pytest.mark.parametrize("batch_size", [9, 4])
+def test_shared_openings_and_rows_that_leave_and_join_change_no_text(tiny, batch_size):
+    """Samples of three pairs in their second and third turn; answers end anywhere in 100 tokens, or not at all. Of four
+    that go side by side, some end, and others take their places, at other lengths."""
+    model = local(tiny, batch_size=batch_size)
     few = [*range(65, 91), model.tokenizer.eos_token_id]
     with torch.no_grad():                                        # says few letters, so that the end comes often
         model.model.lm_head.weight[[i for i in range(len(model.tokenizer)) if i not in few]] = 0
@@ -115,8 +117,9 @@ def test_shared_openings_and_rows_that_leave_change_no_text(tiny):
         replies = dict(model.generate(requests, temperature, 0.9, 100))
         hook.remove()
         heads = [len(os.path.commonprefix(prompts[i // 3 * 3:i // 3 * 3 + 3])) for i in range(9)]
-        assert seen[0] == (3, max(heads)), "one row for an opening"
-        assert seen[1] == (9, max(len(prompt) - head for prompt, head in zip(prompts, heads))), "and the rest for each row"
+        if batch_size == 9:
+            assert seen[0] == (3, max(heads)), "one row for an opening"
+            assert seen[1] == (9, max(len(prompt) - head for prompt, head in zip(prompts, heads))), "the rest for each row"
         texts, lengths, cut = [], [], []
         for request, prompt in zip(requests, prompts):           # one row at a time, all of it, in a single call
             draws = torch.from_numpy(np.random.default_rng(request.seed).random((1, 100))).float()
@@ -129,7 +132,12 @@ def test_shared_openings_and_rows_that_leave_change_no_text(tiny):
         assert [replies[i].text for i in range(9)] == texts and [replies[i].cut for i in range(9)] == cut
         if temperature:
             assert min(lengths) < 32 < max(lengths) and len(set(lengths)) > 4, lengths
-            assert sum(shape[0] for shape in seen[2:]) < 0.8 * 9 * max(lengths), "rows that have ended leave"
+            steps = [rows for rows, length in seen if length == 1]
+            assert sum(steps) < 0.8 * 9 * max(lengths), "rows that have ended leave"
+            if batch_size == 4:
+                order = sorted(range(9), key=lambda i: -len(prompts[i]))
+                apart = sum(max(lengths[i] for i in order[k:k + 4]) for k in (0, 4, 8))
+                assert len(steps) < 0.9 * apart and 1 < max(steps) <= 4, "others take their places"
 
 
 def test_a_sample_depends_on_its_own_seed_alone(model, tiny):
