@@ -22,6 +22,7 @@ import json
 import math
 import os
 import shutil
+from bisect import bisect_left
 from collections import defaultdict
 from contextlib import nullcontext
 from pathlib import Path
@@ -54,6 +55,31 @@ def collate(examples, pad, device=None):
     return tuple(torch.tensor(rows, device=device) for rows in (ids, mask, labels))
 
 
+def cross_entropy(logits, targets):
+    """Sum over the rows with a target of -log softmax(logits)[target], a scalar. logits: (N, V), targets: (N,)."""
+    return F.cross_entropy(logits.float(), targets, ignore_index=-100, reduction="sum")
+
+
+class LeanCrossEntropy(torch.autograd.Function):
+    """`cross_entropy` in a third of the memory: autograd would hold three more tensors as large as the logits. This one
+    goes through a few rows at a time, and writes their gradient over them."""
+
+    @staticmethod
+    def forward(ctx, logits, targets):
+        ctx.save_for_backward(logits, targets)
+        return sum(cross_entropy(*rows) for rows in zip(logits.split(256), targets.split(256)))
+
+    @staticmethod
+    def backward(ctx, gradient):
+        logits, targets = ctx.saved_tensors
+        for rows, target in zip(logits.split(256), targets.split(256)):
+            with torch.enable_grad():
+                own = rows.detach().requires_grad_()
+                loss = cross_entropy(own, target)
+            rows.copy_(torch.autograd.grad(loss, own, gradient)[0])
+        return logits, None
+
+
 def sum_loss(model, ids, mask, labels):
     """Sum over the supervised tokens of -log p(token | all before it), a scalar. ids, mask, labels: (B, T).
 
@@ -63,8 +89,7 @@ def sum_loss(model, ids, mask, labels):
     columns = (targets != -100).any(0).nonzero()[:, 0]          # (C,)
     columns = columns if len(columns) else columns.new_zeros(1)
     logits = model(input_ids=ids, attention_mask=mask, logits_to_keep=columns, use_cache=False).logits   # (B, C, V)
-    return F.cross_entropy(logits.float().flatten(0, 1), targets[:, columns].flatten(), ignore_index=-100,
-                           reduction="sum")                     # -sum log p_Q(token | all before it)
+    return LeanCrossEntropy.apply(logits.flatten(0, 1), targets[:, columns].flatten())  # -sum log p_Q(token | before)
 
 
 def epoch_batches(lengths, batch_size, generator):
@@ -74,9 +99,20 @@ def epoch_batches(lengths, batch_size, generator):
     return [sorted(order[i:i + batch_size], key=lambda j: lengths[j]) for i in range(0, len(order), batch_size)]
 
 
-def micro_batches(batch, count):
-    """A batch of indices as `count` runs of about equal length; of a short last batch some may be empty."""
-    return [run.tolist() for run in np.array_split(batch, count)]
+def micro_batches(batch, lengths, count):
+    """A batch of indices, sorted by length, as `count` runs, some of which may be empty. The largest has as few tokens
+    as can be (rows x longest, with padding), so that none needs much more memory or time than the others."""
+    def runs(budget):
+        cut = [[]]
+        for i in batch:                                         # each is the longest of its run so far
+            if cut[-1] and (len(cut[-1]) + 1) * lengths[i] > budget:
+                cut.append([])
+            cut[-1].append(i)
+        return cut
+    longest = max((lengths[i] for i in batch), default=0)
+    budgets = range(longest, longest * len(batch) + 1)          # bisection: the smallest one that `count` runs keep to
+    cut = runs(budgets[bisect_left(budgets, True, key=lambda budget: len(runs(budget)) <= count)])
+    return cut + [[]] * (count - len(cut))
 
 
 def step(accelerator, model, optimizer, runs, supervised, pad, clip):
@@ -118,7 +154,7 @@ def parse_args():
     parser.add_argument("--warmup", type=not_negative, default=0.1, help="share of the steps")
     parser.add_argument("--epochs", type=positive, default=1, help="passes over the examples")
     parser.add_argument("--batch-size", type=positive, default=64, help="examples in a step, on all devices together")
-    parser.add_argument("--micro-batch-size", type=positive, default=4, help="examples on a device at a time")
+    parser.add_argument("--micro-batch-size", type=positive, default=4, help="examples on a device at a time, on average: fewer long ones, more short ones")
     parser.add_argument("--max-length", type=positive, default=2048,
                         help="tokens; a longer example is dropped and counted, never cut (the release cut at 1024)")
     parser.add_argument("--validation", type=not_negative, default=0.05, help="share of the examples held out")
@@ -209,7 +245,8 @@ def main():
 
     def dealt(pool, indices, count):
         """This process's share of `count` micro-batches: lists of examples."""
-        runs = micro_batches(indices, count)[accelerator.process_index::world]
+        lengths = {i: len(pool[i][0]) for i in indices}
+        runs = micro_batches(sorted(indices, key=lengths.get), lengths, count)[accelerator.process_index::world]
         return [[pool[i] for i in run] or [nothing] for run in runs]
 
     def validation_loss():

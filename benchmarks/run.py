@@ -1,26 +1,28 @@
 """How fast each heavy stage is, against what people would use instead: all sides in turn, in one run, on one machine.
 
     python benchmarks/run.py                  # a table, and a row for each comparison in runs/benchmarks.jsonl
+    python benchmarks/run.py --hidden 4096 --layers 32 --words 32000 --dtype bfloat16 --rows 160     # a 7B, on a GPU
 
 The model is random, of Mistral's shape, and the texts are random words with the lengths of real ones: elicitation
 prompts of 450 tokens, conversations of 100 to 400, gold responses of 100 to 250 (log-normal), answers of 40 on average
-(geometric: in a batch of 256 the longest is 5 times the mean). Before anything is timed the sides' results are
+(geometric, at most 200: of 256 the longest is 5 times the mean). Before anything is timed the sides' results are
 compared. A ratio is the other side's time / ours, the median of the rounds.
 
     simulate   three turns, 10 samples a pair      wrapper: prompts repeated and prefilled for each sample and turn,
-                                                   rows padded until the longest has ended
+                                                   batches that wait for their longest answer
     score      gold log-probabilities              wrapper: batches in file order, padded to the longest, all logits
     train      a step of 64 texts                  wrapper: the same, in random order; trl: SFTTrainer,
                                                    grouped by length
     generate   64 greedy tokens                    continuous: transformers' continuous batching
     memory     peak above the loaded model         wrapper, with 32,000 words
-    matrices   floating-point operations a second  the machine's own rate for large matrices
+    limits     what is reached of the machine's own rate for matrices and for memory
+    paper      hours for the paper's scale, extrapolated from this model on this machine
 """
 import argparse
 import json
 import os
 import platform
-import resource
+import re
 import statistics
 import subprocess
 import sys
@@ -38,12 +40,12 @@ import numpy as np  # noqa: E402
 import torch  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
 import transformers  # noqa: E402
+from accelerate import Accelerator  # noqa: E402
 from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers  # noqa: E402
 
 TEMPLATE = ("{{ bos_token }}{% for m in messages %}{% if m['role'] == 'user' %} [INST] {{ m['content'] }} [/INST]"
             "{% else %} {{ m['content'] }} {{ eos_token }}{% endif %}{% endfor %}")
 SPECIAL = ["<s>", "</s>", "[INST]", "[/INST]"]
-MEAN_ANSWER = 40
 
 
 def save_model(folder, words, hidden, layers):
@@ -69,13 +71,13 @@ def open_local(folder, args):
     return common.LocalModel(folder, SimpleNamespace(dtype=args.dtype, batch_size=args.rows), processes)
 
 
-def let_answers_end(model):
-    """Adds to the logit of the end, so that a sampled answer ends after 40 tokens on average: geometric lengths."""
+def let_answers_end(model, mean=40):
+    """Adds to the logit of the end, so that a sampled answer has about `mean` tokens: geometric lengths."""
     head = torch.nn.Linear(model.config.hidden_size, model.config.vocab_size, device=model.device, dtype=model.dtype)
     with torch.no_grad():
         head.weight.copy_(model.lm_head.weight)
         head.bias.zero_()
-        head.bias[SPECIAL.index("</s>")] = 0.9 * np.log(model.config.vocab_size / (2 * MEAN_ANSWER))    # at .9 and .9
+        head.bias[SPECIAL.index("</s>")] = 0.9 * np.log(model.config.vocab_size / (2 * mean))    # at .9 and .9
     model.lm_head = head
 
 
@@ -85,15 +87,18 @@ class Texts:
     def __init__(self, words, seed=0):
         self.words, self.rng = words, np.random.default_rng(seed)
 
+    def length(self, shortest, longest):
+        middle, deviation = (shortest * longest) ** 0.5, np.log(longest / shortest) / 4
+        return int(np.clip(self.rng.lognormal(np.log(middle), deviation), shortest, longest))
+
     def __call__(self, shortest, longest):
-        middle = (shortest * longest) ** 0.5
-        length = int(np.clip(self.rng.lognormal(np.log(middle), np.log(longest / shortest) / 4), shortest, longest))
-        return " ".join(f"w{i}" for i in self.rng.integers(self.words - len(SPECIAL), size=length))
+        words = self.rng.integers(self.words - len(SPECIAL), size=self.length(shortest, longest))
+        return " ".join(f"w{i}" for i in words)
 
     def conversation(self):
         turns = int(self.rng.integers(1, 4))
-        return [{"role": role, "content": self(100 // (2 * turns), 400 // (2 * turns))}
-                for _ in range(turns) for role in ("assistant", "user")]
+        each = self.length(100, 400) // (2 * turns)
+        return [{"role": role, "content": self(each, each)} for _ in range(turns) for role in ("assistant", "user")]
 
     def chat(self):
         """Figure 17's form with a gold response, or another, at its end."""
@@ -132,36 +137,31 @@ def wrapper_score(local, examples, batch_size=16):
 
 def wrapper_step(model, optimizer, examples, micro, pad):
     """A step on all examples, in the order given, padded to the longest, with all logits."""
-    supervised, total = sum(label != -100 for _, labels in examples for label in labels[1:]), 0.0
+    supervised, total = train.count_supervised(examples), 0.0
     for begin in range(0, len(examples), micro):
-        ids, mask, labels = (t.to(model.device) for t in train.collate(examples[begin:begin + micro], pad))
+        ids, mask, labels = train.collate(examples[begin:begin + micro], pad, model.device)
         logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits[:, :-1].float()
         loss = F.cross_entropy(logits.flatten(0, 1), labels[:, 1:].flatten(), ignore_index=-100, reduction="sum")
         (loss / supervised).backward()
         total += loss.item()
-    finish_step(model, optimizer)
+    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    optimizer.step()
+    optimizer.zero_grad()
     return total / supervised
 
 
 def our_step(model, optimizer, examples, micro, pad):
-    """train.py's step: sorted inside the batch, logits where a target is."""
-    supervised, total = sum(label != -100 for _, labels in examples for label in labels[1:]), 0.0
-    batch = sorted(range(len(examples)), key=lambda j: len(examples[j][0]))
-    for run in train.micro_batches(batch, len(examples) // micro):
-        loss = train.sum_loss(model, *(t.to(model.device) for t in train.collate([examples[i] for i in run], pad)))
-        (loss / supervised).backward()
-        total += loss.item()
-    finish_step(model, optimizer)
-    return total / supervised
+    """train.py's own step: micro-batches of similar lengths, logits where a target is, and their gradient in place."""
+    lengths = [len(ids) for ids, _ in examples]
+    batch = sorted(range(len(examples)), key=lambda j: lengths[j])                 # as train.epoch_batches does
+    runs = [[examples[i] for i in run] for run in train.micro_batches(batch, lengths, len(examples) // micro)]
+    loss, _ = train.step(Accelerator(cpu=model.device.type == "cpu"), model, optimizer, runs,
+                         train.count_supervised(examples), pad, clip=1.0)
+    return loss
 
 
-def finish_step(model, optimizer):
-    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-    optimizer.step()
-    optimizer.zero_grad()
-
-
-# ---------------------------------------------------------------- comparisons: yield (stage, against, [(ours, theirs)])
+# ---------------------------------------------------------------- comparisons
+# Each yields (stage, against, unit, [(ours, theirs)], rows): how many of the stage's rows that was.
 
 def seconds(function):
     if torch.cuda.is_available():
@@ -186,11 +186,26 @@ def in_turn(ours, theirs, rounds):
     return pairs
 
 
+def decoding_steps(model, end, work, side_by_side):
+    """(steps of one token, those in which at most a tenth of the rows have not ended yet) of some work."""
+    steps = []
+
+    def note(module, args, kwargs):
+        ids = kwargs["input_ids"] if "input_ids" in kwargs else args[0]
+        if ids.shape[1] == 1:                                   # an ended row is given its end again and again
+            steps.append(int((ids != end).sum()))
+    hook = model.register_forward_pre_hook(note, with_kwargs=True)
+    work()
+    hook.remove()
+    return len(steps), sum(alive <= side_by_side / 10 for alive in steps)
+
+
 def compare_simulate(args, folder):
     local, texts = open_local(folder, args), Texts(args.words)
     let_answers_end(local.model)
     elicitation = texts(450, 450)
-    pairs = [(f"w{i} {elicitation} {texts(8, 20)}", i) for i in range(max(1, args.rows // 10))]
+    pairs = [(f"w{i} {elicitation} {texts(8, 20)}", i)
+             for i in range(max(1, common.BATCHES_IN_A_GROUP * args.rows // 10))]
     answers = {}                                                # the Roleplayer is elsewhere: its time is not ours
 
     def run(generate):
@@ -215,7 +230,10 @@ def compare_simulate(args, folder):
     a, b = ours(), theirs()
     same = sum(x == y for x, y in zip(a, b)) / len(a)
     assert same > 0.9 or args.dtype != "float32", f"only {same:.2f} of the conversations are the same"
-    yield "simulate, 3 turns", "wrapper", in_turn(ours, theirs, args.rounds)
+    yield "simulate, 3 turns", "wrapper", "s", in_turn(ours, theirs, args.rounds), len(a)
+    counts = [decoding_steps(local.model, local.pad, side, args.rows) for side in (ours, theirs)]
+    for name, (our_count, their_count) in zip(("decoding steps", "steps nearly empty"), zip(*counts)):
+        yield f"simulate, {name}", "wrapper", "", [(max(1, our_count), their_count)], len(a)
 
 
 def compare_score(args, folder, name="score"):
@@ -225,7 +243,7 @@ def compare_score(args, folder, name="score"):
     theirs = lambda: wrapper_score(local, examples)                                                 # noqa: E731
     by_index, other = dict(ours()), theirs()
     assert max(abs(by_index[i] - other[i]) for i in by_index) < (1e-2 if args.dtype == "float32" else 10)
-    yield name, "wrapper", in_turn(ours, theirs, args.rounds)
+    yield name, "wrapper", "s", in_turn(ours, theirs, args.rounds), len(examples)
 
 
 def examples_of(args, tokenizer, count, seed=0):
@@ -244,8 +262,9 @@ def compare_train(args, folder):
     (ours, mine), (theirs, other) = training(args, folder), training(args, folder)
     a, b = our_step(ours, mine, examples, 4, pad), wrapper_step(theirs, other, examples, 4, pad)
     assert abs(a - b) < (1e-4 if args.dtype == "float32" else 0.05), (a, b)
-    yield "train, a step of 64", "wrapper", in_turn(lambda: our_step(ours, mine, examples, 4, pad),
-                                                    lambda: wrapper_step(theirs, other, examples, 4, pad), args.rounds)
+    yield "train, a step of 64", "wrapper", "s", in_turn(
+        lambda: our_step(ours, mine, examples, 4, pad), lambda: wrapper_step(theirs, other, examples, 4, pad),
+        args.rounds), len(examples)
 
 
 def compare_trl(args, folder):
@@ -268,8 +287,8 @@ def compare_trl(args, folder):
         theirs = trainer.evaluate()["eval_loss"]
         ours = our_step(model, optimizer, examples, 4, pad)
         assert abs(ours - theirs) < 0.02, (ours, theirs)     # its evaluation is a mean of batch means
-        yield "train, a step of 64", "trl", in_turn(lambda: our_step(model, optimizer, examples, 4, pad),
-                                                    trainer.train, args.rounds)
+        yield "train, a step of 64", "trl", "s", in_turn(lambda: our_step(model, optimizer, examples, 4, pad),
+                                                         trainer.train, args.rounds), len(examples)
 
 
 def compare_continuous(args, folder):
@@ -287,18 +306,20 @@ def compare_continuous(args, folder):
     a, b = ours(), [local.tokenizer.decode(tokens, skip_special_tokens=True).strip() for tokens in continuous()]
     same = sum(x == y for x, y in zip(a, b)) / len(a)
     assert same > 0.9, f"only {same:.2f} of the texts are the same"
-    yield "generate, 64 tokens", "continuous batching", in_turn(ours, continuous, args.rounds)
+    yield "generate, 64 tokens", "continuous batching", "s", in_turn(ours, continuous, args.rounds), len(requests)
 
 
 def peak(stage, side, args):
     """MiB above the loaded model, of scoring or of a training step; in a process of its own."""
-    command = [sys.executable, __file__, "--peak", stage, side, "--texts", "16", "--words", "32000", "--hidden",
+    command = [sys.executable, __file__, "--peak", stage, side, "--texts", str(args.texts), "--words", "32000", "--hidden",
                str(args.hidden), "--layers", str(args.layers), "--device", args.device, "--dtype", args.dtype]
-    return int(subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[-1])
+    env = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "100000"}    # what is freed goes back: the peak is of what is held
+    return int(subprocess.run(command, capture_output=True, text=True, check=True, env=env).stdout.split()[-1])
 
 
-def resident():
-    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") // 2 ** 20
+def resident(what):
+    """MiB of this process in memory: "VmRSS" now, "VmHWM" at most so far. (getrusage would tell its parent's, too.)"""
+    return int(re.search(rf"{what}:\s+(\d+)", Path("/proc/self/status").read_text()).group(1)) // 1024
 
 
 def measure_peak(stage, side, args):
@@ -319,22 +340,24 @@ def measure_peak(stage, side, args):
             before = torch.cuda.memory_allocated() // 2 ** 20
             work()
             return torch.cuda.max_memory_allocated() // 2 ** 20 - before
-        before = resident()
+        before = resident("VmRSS")
         work()
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024 - before
+        return resident("VmHWM") - before
 
 
 def compare_memory(args, folder):
     for stage in ("score", "train"):
-        yield f"memory, {stage}, 32,000 words", "wrapper", [
-            (peak(stage, "ours", args), peak(stage, "wrapper", args)) for _ in range(args.rounds)]
+        yield f"memory, {stage}, 32,000 words", "wrapper", "MiB", [
+            (peak(stage, "ours", args), peak(stage, "wrapper", args)) for _ in range(min(2, args.rounds))], args.texts
 
 
-def shares_of_the_matrix_rate(args, folder):
-    """What scoring and training reach of the rate of the machine's own large matrices: 2 (or, with the way back, 6)
-    operations a weight and token."""
-    size = 2048
-    a = torch.randn(size, size, dtype=getattr(torch, args.dtype), device=args.device)
+# ---------------------------------------------------------------- limits of the machine, and the paper's scale
+
+def limits(args, folder):
+    """What is reached of the machine's own rates: in scoring and training, of large matrices, with 2 (or, with the way
+    back, 6) operations a weight and token; in decoding, of memory, from which weights and caches are read."""
+    dtype, size = getattr(torch, args.dtype), 2048 if args.device == "cpu" else 8192
+    a = torch.randn(size, size, dtype=dtype, device=args.device)
     a @ a
     rate = 2 * size ** 3 / min(seconds(lambda: a @ a) for _ in range(10))
     local, texts = open_local(folder, args), Texts(args.words)
@@ -348,6 +371,45 @@ def shares_of_the_matrix_rate(args, folder):
           f"{2 * weights * sum(len(ids) for ids, _ in scored) / time_score / rate:.2f}, training "
           f"{6 * weights * sum(len(ids) for ids, _ in examples) / time_step / rate:.2f}")
 
+    block = torch.ones(2 ** 28 if args.device == "cuda" else 2 ** 26, device=args.device)
+    copy = block.clone()
+    bandwidth = 2 * block.numel() * 4 / min(seconds(lambda: copy.copy_(block)) for _ in range(5))   # reads and writes
+    ids = torch.randint(len(SPECIAL), args.words, (args.rows, 600), device=args.device)
+    ban = [[0] * args.words]
+    ban[0][SPECIAL.index("</s>")] = -torch.inf                  # all rows stay alive
+    stay = [lambda _, scores: scores + torch.tensor(ban, device=scores.device, dtype=scores.dtype)]
+
+    def decode(tokens):
+        return seconds(lambda: local.model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False,
+                                                    max_new_tokens=tokens, logits_processor=stay))
+    decode(2)
+    step = min((decode(34) - decode(2)) / 32 for _ in range(3))
+    config = local.model.config
+    cache = (2 * config.num_hidden_layers * config.num_key_value_heads * config.hidden_size
+             // config.num_attention_heads * args.rows * 616)                                    # numbers, on average
+    limit = (weights + cache) * torch.finfo(dtype).bits / 8 / bandwidth
+    print(f"The machine's memory: {bandwidth / 1e9:,.0f} GB/s; a decoding step of {args.rows} rows takes "
+          f"{1e3 * step:,.1f} ms, {step / limit:.1f} times what it takes to read weights and caches")
+
+
+PAPER = {"simulate, 3 turns": 125_000, "score": 125_000, "respond": 12_500, "train, a step of 64": 12_500}
+
+
+def paper_scale(args, folder, cost):
+    """Hours for one iteration at the paper's scale, by the measured seconds a row: its conversations have two turns on
+    average, the measured ones three; and 12,500 responses of about 200 tokens."""
+    local, texts = open_local(folder, args), Texts(args.words)
+    let_answers_end(local.model, 200)
+    requests = [common.Request(common.response_form("w1", texts(8, 20), texts.conversation()), i)
+                for i in range(common.BATCHES_IN_A_GROUP * args.rows)]
+    cost = {**cost, "respond": seconds(lambda: list(local.generate(requests, 0.9, 0.9, 700))) / len(requests)}
+    hours = {stage: cost[stage] * PAPER[stage] / 3600 for stage in PAPER if stage in cost}
+    if "simulate, 3 turns" in hours:
+        hours["simulate, 3 turns"] *= 2 / 3
+    print("At the paper's scale, with this model on this machine, an iteration takes " +
+          ", ".join(f"{value:.2f} h ({stage.split(',')[0]})" for stage, value in hours.items()) +
+          f": {sum(hours.values()):.2f} h")
+
 
 COMPARISONS = {"simulate": compare_simulate, "score": compare_score, "train": compare_train, "trl": compare_trl,
                "continuous": compare_continuous, "memory": compare_memory}
@@ -355,13 +417,14 @@ COMPARISONS = {"simulate": compare_simulate, "score": compare_score, "train": co
 
 def parse_args():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", nargs="+", choices=(*COMPARISONS, "matrices"), default=[*COMPARISONS, "matrices"])
+    parser.add_argument("--only", nargs="+", choices=(*COMPARISONS, "limits", "paper"),
+                        default=[*COMPARISONS, "limits", "paper"])
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--rows", type=int, default=40, help="conversations or answers side by side")
+    parser.add_argument("--rows", type=int, default=20, help="conversations or answers side by side")
     parser.add_argument("--texts", type=int, default=64, help="texts to score")
     parser.add_argument("--words", type=int, default=1000, help="the vocabulary")
     parser.add_argument("--hidden", type=int, default=384, help="width; 4096 is a 7B's")
-    parser.add_argument("--layers", type=int, default=8, help="32 is a 7B's")
+    parser.add_argument("--layers", type=int, default=6, help="32 is a 7B's")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--threads", type=int, default=os.cpu_count())
@@ -373,13 +436,14 @@ def parse_args():
 def main():
     args = parse_args()
     torch.set_num_threads(args.threads)
+    transformers.utils.logging.disable_progress_bar()
     if args.peak:
         print(measure_peak(*args.peak, args))
         return
     print(f"{platform.machine()}, {args.threads} threads, {args.device}, {args.dtype}; torch {torch.__version__}, "
           f"transformers {transformers.__version__}; {args.hidden} x {args.layers}, {args.words} words")
     print(f"{'stage':<34}{'against':<22}{'ours':>10}{'theirs':>10}{'ratio':>8}{'min':>8}{'max':>8}")
-    rows = []
+    rows, cost = [], {}
     with tempfile.TemporaryDirectory() as folder, tempfile.TemporaryDirectory() as large:
         save_model(folder, args.words, args.hidden, args.layers)
         save_model(large, 32000, args.hidden, args.layers)
@@ -389,17 +453,19 @@ def main():
             jobs.insert([name for name, *_ in jobs].index("score") + 1, (
                 "score", lambda a, f: compare_score(a, f, "score, 32,000 words"), many, large))
         for _, compare, settings, model in jobs:
-            for stage, against, pairs in compare(settings, model):
+            for stage, against, unit, pairs, count in compare(settings, model):
                 ratios = [theirs / ours for ours, theirs in pairs]
-                unit = "MiB" if stage.startswith("memory") else "s"
                 ours, theirs = (statistics.median(side) for side in zip(*pairs))
                 rows.append({"stage": stage, "against": against, "ratio": round(statistics.median(ratios), 3),
                              "rounds": len(ratios), "min": round(min(ratios), 3), "max": round(max(ratios), 3)})
-                row = rows[-1]
-                print(f"{stage:<34}{against:<22}{ours:>7.1f} {unit:<3}{theirs:>6.1f} {unit:<3}{row['ratio']:>7.2f}"
-                      f"{row['min']:>8.2f}{row['max']:>8.2f}", flush=True)
-        if "matrices" in args.only:
-            shares_of_the_matrix_rate(args, folder)
+                cost.setdefault(stage, ours / count)
+                row, digits = rows[-1], 1 if unit == "s" else 0
+                print(f"{stage:<34}{against:<22}{ours:>7.{digits}f} {unit:<3}{theirs:>6.{digits}f} {unit:<3}"
+                      f"{row['ratio']:>7.2f}{row['min']:>8.2f}{row['max']:>8.2f}", flush=True)
+        if "limits" in args.only:
+            limits(args, folder)
+        if "paper" in args.only:
+            paper_scale(args, folder, cost)
     Path(args.output).parent.mkdir(parents=True, exist_ok=True)
     Path(args.output).write_text("".join(json.dumps(row) + "\n" for row in rows))
 

@@ -7,13 +7,15 @@ from conftest import ROOT, read_lines
 
 
 def test_the_sides_agree_and_each_comparison_has_a_row(tmp_path):
-    small = ["--rounds", "2", "--hidden", "64", "--layers", "1", "--rows", "10", "--texts", "6", "--threads", "1"]
-    done = subprocess.run([sys.executable, ROOT / "benchmarks/run.py", "--only", "simulate", "train", "matrices", *small,
+    small = ["--rounds", "1", "--hidden", "64", "--layers", "1", "--rows", "10", "--texts", "6", "--threads", "1"]
+    done = subprocess.run([sys.executable, ROOT / "benchmarks/run.py", "--only", "simulate", "score", "train", "limits", "paper", *small,
                            "--output", tmp_path / "b.jsonl"], capture_output=True, text=True,
                           env={**os.environ, "CUDA_VISIBLE_DEVICES": ""})
     assert done.returncode == 0, done.stderr
     rows = read_lines(tmp_path / "b.jsonl")
-    assert [(row["stage"], row["against"]) for row in rows] == [("simulate, 3 turns", "wrapper"), ("train, a step of 64", "wrapper")]
+    assert [row["stage"] for row in rows] == ["simulate, 3 turns", "simulate, decoding steps", "simulate, steps nearly empty",
+                                              "score", "score, 32,000 words", "train, a step of 64"]
+    assert rows[1]["ratio"] > 1.2, "others take the places of rows that have ended"
     assert all(set(row) == {"stage", "against", "ratio", "rounds", "min", "max"} for row in rows)
-    assert all(0 < row["min"] <= row["ratio"] <= row["max"] and row["rounds"] == 2 for row in rows)
-    assert "scoring reaches" in done.stdout
+    assert all(0 < row["min"] <= row["ratio"] <= row["max"] and row["rounds"] == 1 for row in rows)
+    assert all(words in done.stdout for words in ("scoring reaches", "a decoding step of 10 rows", "(respond)"))

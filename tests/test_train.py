@@ -1,5 +1,6 @@
 """Training: what is learned from, the loss, its gradients, and that Q_BASE stays as it is."""
 import hashlib
+import itertools
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -81,8 +82,35 @@ def test_batches_hold_every_example_once_and_micro_batches_little_padding():
     for batch in batches:
         assert [lengths[i] for i in batch] == sorted(lengths[i] for i in batch)
         for count in (1, 4, 16):
-            parts = train.micro_batches(batch, count)
+            parts = train.micro_batches(batch, lengths, count)
             assert len(parts) == count and [i for part in parts for i in part] == batch
+    assert train.micro_batches([], lengths, 2) == [[], []]
+
+
+@pytest.mark.parametrize("lengths", [[3, 3, 3, 3], [1, 1, 1, 1, 4, 4, 8], [5], [2, 3, 5, 7, 11, 13, 17, 19], [1] * 6 + [100]])
+def test_the_largest_micro_batch_is_as_small_as_can_be(lengths):
+    def tokens(parts):
+        return max(len(part) * max(lengths[i] for i in part) for part in parts if part)
+    for count in (1, 2, 3, 5):
+        every = [[list(range(a, b)) for a, b in zip((0, *cuts), (*cuts, len(lengths)))]
+                 for cuts in itertools.combinations_with_replacement(range(len(lengths) + 1), count - 1)]
+        parts = train.micro_batches(list(range(len(lengths))), lengths, count)
+        assert tokens(parts) == min(map(tokens, every)) and len(parts) == count
+
+
+def test_the_lean_cross_entropy_is_the_plain_one():
+    logits = torch.randn(600, 50, generator=torch.Generator().manual_seed(0)) * 4
+    targets = torch.arange(600) % 50
+    targets[::3] = -100
+    for dtype in (torch.float32, torch.bfloat16):
+        ours, plain = (logits.to(dtype, copy=True).requires_grad_() for _ in range(2))
+        loss = train.LeanCrossEntropy.apply(ours * 1, targets)
+        expected = torch.nn.functional.cross_entropy(plain.float(), targets, ignore_index=-100, reduction="sum")
+        (loss / 7).backward()
+        (expected / 7).backward()
+        assert torch.allclose(loss, expected) and torch.equal(ours.grad, plain.grad)
+        own = plain.float().detach().softmax(1) - torch.nn.functional.one_hot(targets.clamp(min=0), 50)
+        assert torch.allclose(ours.grad.float(), own.where(targets[:, None] != -100, 0.0) / 7, atol=2e-3)
 
 
 def train_flags(world, base, output, *more):
