@@ -225,6 +225,8 @@ def main():
         if number == 0:
             lines = [f"{turn['role']}: {turn['content']}" for turn in block[0]["conversation"]]
             say(processes, "\n" + "\n".join([tasks[block[0]["task_id"]]["task"], *lines]) + "\n")
+        for row in block:
+            row["conversation"] = None                          # it is on disk; 125,000 would not be small in memory
     bar.close()
     output.finish()
     total, refused, cut, usage = output.tally("refused", "cut")

@@ -3,6 +3,8 @@ import os
 import subprocess
 import sys
 
+import pytest
+
 from conftest import ROOT, read_lines
 
 
@@ -19,3 +21,15 @@ def test_the_sides_agree_and_each_comparison_has_a_row(tmp_path):
     assert all(set(row) == {"stage", "against", "ratio", "rounds", "min", "max"} for row in rows)
     assert all(0 < row["min"] <= row["ratio"] <= row["max"] and row["rounds"] == 1 for row in rows)
     assert all(words in done.stdout for words in ("scoring reaches", "a decoding step of 10 rows", "(respond)"))
+
+
+@pytest.mark.slow
+def test_scaling_has_a_row_for_each_stage_and_size(tmp_path):
+    done = subprocess.run([sys.executable, ROOT / "benchmarks/scaling.py", "--pairs", "3", "--finished", "5", "4",
+                           "--output", tmp_path / "s.jsonl"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    rows = read_lines(tmp_path / "s.jsonl")
+    assert [(row["stage"], row["pairs"]) for row in rows] == [
+        *((stage, pairs) for pairs in (3, 6, 12) for stage in ("gold", "simulate", "select", "train", "evaluate")),
+        ("simulate, finished", 20)]
+    assert all(row["seconds"] > 0 and row["MiB"] > 30 for row in rows)
