@@ -20,7 +20,6 @@ The paper's scale, 250 x 50 x 10 = 125,000 conversations (and the Roleplayer on 
     accelerate launch simulate.py --roleplayer openai:mistralai/Mixtral-8x7B-Instruct-v0.1@http://host:8000/v1 \\
         --personas runs/paper/personas.jsonl --split A --output runs/paper/base/conversations.jsonl
 """
-import math
 from collections import Counter
 
 from common import (BATCHES_IN_A_GROUP, LocalModel, Request, Rows, add_local_flags, add_server_flags, advance,
@@ -170,9 +169,11 @@ def main():
             for task, persona in pairs for sample in range(args.samples)]
     output.check([key_of(row) for row in rows], [row["inputs"] for row in rows])
     rows.sort(key=lambda row: row["turns"])                     # stable; the rows of a block stay alive equally long
-    # A block's conversations go side by side; a pair's n samples share one, and a prefill. It is what a kill may lose.
-    fair = min(BATCHES_IN_A_GROUP * args.batch_size, math.ceil(len(rows) / processes.num_processes))
-    size = max(1, fair // args.samples) * args.samples
+    # A block is answered turn by turn, and saved as a whole: of a large run four batches, whose answers leave fewer steps
+    # nearly empty; but no more than a tenth of the work, which a kill may lose. A pair's n samples share a prefill.
+    tenth = len(rows) // (10 * processes.num_processes)
+    size = max(args.batch_size, min(tenth, BATCHES_IN_A_GROUP * args.batch_size))
+    size = max(1, size // args.samples) * args.samples
     blocks = [rows[i:i + size] for i in range(0, len(rows), size)]
     todo = [block for block in blocks if not all(key_of(row) in output for row in block)]
 
