@@ -630,14 +630,16 @@ class OneProcess:
 @contextmanager
 def lasting_imports():
     """For imports of torch, transformers and openai: a million objects that stay. Python's garbage collector would look
-    through them again and again, and once more at the end: 1.6 of the 3.9 seconds that a process takes to begin and end.
-    """
+    through them again and again, and once more at the end: 1.6 of the 3.9 seconds that it takes a process to come and
+    go."""
+    enabled = gc.isenabled()
     gc.disable()
     try:
         yield
     finally:
         gc.freeze()
-        gc.enable()
+        if enabled:
+            gc.enable()
 
 
 def start_processes(*models):
@@ -748,10 +750,9 @@ class ServerModel:
             await asyncio.sleep(0.2)                            # the client repeats errors, but not torn JSON
             return await self._ask(index, request, temperature, top_p, max_tokens, attempts - 1)
 
-    def generate(self, requests, temperature, top_p, max_tokens, skip=(), share=OneProcess, strict=True):
+    def generate(self, requests, temperature, top_p, max_tokens, skip=(), share=OneProcess, block=False):
         """Yields (index, Reply) as answers arrive, with at most --concurrency requests under way. `skip`: indices that
-        need no reply. `share`: the processes among which the requests are dealt. `strict`: see LocalModel; a server
-        says itself what is too long for it."""
+        need no reply. `share`: the processes among which the requests are dealt. `block`: see LocalModel."""
         todo = [i for i in range(len(requests)) if i not in skip][share.process_index::share.num_processes]
         waiting, running = iter(todo), set()
         try:
@@ -774,17 +775,25 @@ class ServerModel:
                 self.loop.run_until_complete(asyncio.gather(*running, return_exceptions=True))
 
 
-BATCHES_IN_A_GROUP = 4              # what a kill may lose, against steps that run nearly empty at a group's end
+def group_size(rows, batch_size):
+    """How many of `rows` texts are generated as a group, in which ended rows make room for others: four batches, so
+    that few steps run nearly empty. But a group is what a kill may lose, and what processes are dealt: no more than a
+    fortieth of the work, or one batch."""
+    return max(batch_size, min(rows // 40, 4 * batch_size))
+
+
+def elastic(cache):
+    """Whether each layer of a cache keeps all columns. A sliding window counts columns, padding too, and drops others:
+    rows of other widths cannot stand beside its own, and there must be no padding inside of a row."""
+    return all(type(layer).__name__ == "DynamicLayer" for layer in cache.layers)
 
 
 class Batch:
-    """Rows that are generated side by side: ids and mask (B, L), padded on the left, and a cache of their first
-    columns; of all but the last one where they have begun, or are about to join such."""
+    """Rows that are generated side by side: ids and mask (B, L), padded on the left, and a cache of their first columns
+    (of the shared opening, before `generate` has run; of all but the last one after it)."""
 
     def __init__(self, ids, mask, cache):
-        self.ids, self.mask, self.cache = ids, mask, cache
-        # A sliding window's cache holds another number of columns: rows of another batch cannot stand beside its own.
-        self.elastic = all(type(layer).__name__ == "DynamicLayer" for layer in cache.layers)
+        self.ids, self.mask, self.cache, self.elastic = ids, mask, cache, elastic(cache)
 
     def join(self, other, pad):
         """Takes in another batch's rows, and returns itself; all are as wide as the widest then."""
@@ -844,30 +853,32 @@ class LocalModel:
             fail(f"{self.name}: {tokens} tokens are needed, but the model has room for {self.room}. "
                  "Shorten the texts, lower the flag for the longest answer, or use a model with a longer context.")
 
-    def generate(self, requests, temperature, top_p, max_tokens, skip=(), share=OneProcess, strict=True):
-        """Yields (index, Reply) as answers end. `skip` and `share` as in ServerModel. A prompt that is too long for the
-        context ends the program; where it is not strict, it is refused.
+    def generate(self, requests, temperature, top_p, max_tokens, skip=(), share=OneProcess, block=False):
+        """Yields (index, Reply) as answers end. `skip` and `share` as in ServerModel. `block`: the requests are a block
+        of conversations, generated as one group, and a prompt that is too long for the context is refused; else it ends
+        the program.
 
-        Requests go in groups that depend on the whole list, not on what is done already: after a restart a group that
-        is not whole is generated once more, from the very same matrices (with the same batch size and processes).
+        Groups depend on the whole list, not on what is done already: with the same batch size, a restart that finds a
+        group unfinished generates it once more from the very same matrices.
         """
         prompts = [prompt_ids(self.tokenizer, request.chat) for request in requests]
-        if strict:
+        if not block:
             self.fits(max(map(len, prompts), default=0) + max_tokens)
         long = {i for i, prompt in enumerate(prompts) if self.room and len(prompt) + max_tokens > self.room}
         for i in [i for i in sorted(long) if i not in skip][share.process_index::share.num_processes]:
             yield i, Reply("", f"{len(prompts[i])} + {max_tokens} tokens, the model has room for {self.room}")
-        short, longest = set(range(len(prompts))) - long, Counter()     # opening message -> length of its longest prompt
-        opening = [request.chat[0]["content"] for request in requests]
-        for i in short:
-            longest[opening[i]] = max(longest[opening[i]], len(prompts[i]))
         # Longest first; but what has the same opening stays together, since that is computed once (_prefill).
-        order = sorted(short, key=lambda i: (-longest[opening[i]], opening[i], -len(prompts[i]), prompts[i], i))
-        order, size = order[share.process_index::share.num_processes], BATCHES_IN_A_GROUP * self.batch_size
-        for group in (order[i:i + size] for i in range(0, len(order), size)):
-            if any(i not in skip for i in group):
-                requested = [(i, requests[i].chat, prompts[i], requests[i].seed) for i in group]
-                yield from self._replies(requested, temperature, top_p, max_tokens)
+        opening, longest = [request.chat[0]["content"] for request in requests], Counter()
+        for i, prompt in enumerate(prompts):
+            longest[opening[i]] = max(longest[opening[i]], len(prompt))
+        order = sorted(set(range(len(prompts))) - long,
+                       key=lambda i: (-longest[opening[i]], opening[i], -len(prompts[i]), prompts[i], i))
+        size = max(1, len(order)) if block else group_size(len(order), self.batch_size)
+        groups = [order[i:i + size] for i in range(0, len(order), size)]
+        groups = [group for group in groups if any(i not in skip for i in group)]
+        for group in groups[share.process_index::share.num_processes]:
+            requested = [(i, requests[i].chat, prompts[i], requests[i].seed) for i in group]
+            yield from self._replies(requested, temperature, top_p, max_tokens)
 
     def _prefill(self, chats, prompts, whole):
         """B chats with their ids -> a Batch. What the samples of a pair have in common (in the first turn all but the
@@ -875,17 +886,18 @@ class LocalModel:
         is copied. The rest of a row is left to `generate`, or, to make it `whole`, computed here."""
         import torch
         from transformers import DynamicCache
-        openings = defaultdict(list)                            # opening message -> prompts
-        for chat, prompt in zip(chats, prompts):
-            openings[chat[0]["content"]].append(prompt)
-        heads = {opening: os.path.commonprefix(together)[:min(map(len, together)) - 1]
-                 for opening, together in openings.items()}
-        place = [list(heads).index(chat[0]["content"]) for chat in chats]
-        tails = [prompt[len(heads[chat[0]["content"]]):] for chat, prompt in zip(chats, prompts)]
+        cache = DynamicCache(config=self.model.config)
+        opening = [chat[0]["content"] if elastic(cache) else row for row, chat in enumerate(chats)]
+        together = defaultdict(list)                            # opening message -> prompts
+        for row, prompt in enumerate(prompts):
+            together[opening[row]].append(prompt)
+        heads = {key: os.path.commonprefix(those)[:min(map(len, those)) - 1] for key, those in together.items()}
+        place = [list(heads).index(key) for key in opening]
+        tails = [prompt[len(heads[key]):] for key, prompt in zip(opening, prompts)]
         head_ids, head_mask = self._left_pad(list(heads.values()))                              # (U, H), U <= B
         tail_ids, tail_mask = self._left_pad(tails)                                             # (B, L - H)
         ids, mask = torch.cat([head_ids[place], tail_ids], 1), torch.cat([head_mask[place], tail_mask], 1)
-        cache, H = DynamicCache(config=self.model.config), head_ids.shape[1]
+        H = head_ids.shape[1]
         with torch.inference_mode():
             self.model(head_ids, attention_mask=head_mask, position_ids=positions(head_mask), past_key_values=cache,
                        use_cache=True, logits_to_keep=1)
@@ -968,14 +980,15 @@ def score_rows(rows, chats, base, args, done, answer=0):
 
 def load_model(path, dtype):
     """A causal language model by folder or hub name, in `dtype` ("float32", "bfloat16")."""
-    import torch
-    from transformers import AutoModelForCausalLM
-    from transformers.utils import logging
+    with lasting_imports():
+        import torch
+        import transformers.modeling_utils                      # noqa: F401  (what each model's code imports)
+        from transformers import AutoModelForCausalLM
+        from transformers.utils import logging
     logging.disable_progress_bar()                              # the stages have their own
     try:
-        with lasting_imports():                                 # of the model's code
-            model, loaded = AutoModelForCausalLM.from_pretrained(path, dtype=getattr(torch, dtype),
-                                                                 output_loading_info=True)
+        model, loaded = AutoModelForCausalLM.from_pretrained(path, dtype=getattr(torch, dtype),
+                                                             output_loading_info=True)
     except Exception as error:      # of many kinds: no such folder, torn weights, sizes that do not fit
         fail(f"{path}: no model to load ({' '.join(str(error).split())[:300]}). Give a model folder or a hub name.")
     if loaded["missing_keys"]:

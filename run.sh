@@ -2,7 +2,7 @@
 # STaR-GATE, from nothing to the tables (Algorithm 1).
 #
 #   bash run.sh           three iterations and the ablations in the embedded world: two CPU cores, no key, no GPU
-#   bash run.sh smoke     every step once: one iteration, under two minutes
+#   bash run.sh smoke     every step once: one iteration, a minute
 #   bash run.sh paper     the published settings: needs GPUs, servers and an API key; read the variables below first
 #
 #   RUN=folder   where the output goes            SEED=n            of all randomness
@@ -60,7 +60,8 @@ toy | smoke)                                    # the embedded world (toy/): its
     SERVER_FLAGS="--concurrency 8 $SERVER_FLAGS"                # answers by rule come at once: more only wait for it
     export OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
     # glibc keeps the memory that it has: a cache grows with each token, and would be fetched from the system each time.
-    export MALLOC_TRIM_THRESHOLD_=1000000000 MALLOC_MMAP_THRESHOLD_=1000000000
+    export MALLOC_TRIM_THRESHOLD_=${MALLOC_TRIM_THRESHOLD_:-1000000000}
+    export MALLOC_MMAP_THRESHOLD_=${MALLOC_MMAP_THRESHOLD_:-33554432}       # the largest that all versions accept
     ;;
 paper)                                          # the published run's settings are the stages' defaults
     VARIANTS=${VARIANTS:-main base_answers no_reg gold}

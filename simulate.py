@@ -22,10 +22,10 @@ The paper's scale, 250 x 50 x 10 = 125,000 conversations (and the Roleplayer on 
 """
 from collections import Counter
 
-from common import (BATCHES_IN_A_GROUP, LocalModel, Request, Rows, add_local_flags, add_server_flags, advance,
-                    all_pairs, announce, digest, fail, fraction, key_of, letters, local_model, model_name, open_model,
-                    pair_of, positive, progress, prompt_ids, read_personas, read_tasks, say, seed_for, spent,
-                    stage_parser, start_processes, temperature)
+from common import (LocalModel, Request, Rows, add_local_flags, add_server_flags, advance, all_pairs, announce, digest,
+                    fail, fraction, group_size, key_of, letters, local_model, model_name, open_model, pair_of, positive,
+                    progress, prompt_ids, read_personas, read_tasks, say, seed_for, spent, stage_parser,
+                    start_processes, temperature)
 
 ELICITATION_PROMPT = (
     "A user named {name} has approached you with a request for help. The user's preferences, background and "
@@ -169,11 +169,8 @@ def main():
             for task, persona in pairs for sample in range(args.samples)]
     output.check([key_of(row) for row in rows], [row["inputs"] for row in rows])
     rows.sort(key=lambda row: row["turns"])                     # stable; the rows of a block stay alive equally long
-    # A block is answered turn by turn, and saved as a whole: of a large run four batches, whose answers leave fewer steps
-    # nearly empty; but no more than a tenth of the work, which a kill may lose. A pair's n samples share a prefill.
-    tenth = len(rows) // (10 * processes.num_processes)
-    size = max(args.batch_size, min(tenth, BATCHES_IN_A_GROUP * args.batch_size))
-    size = max(1, size // args.samples) * args.samples
+    # A block goes turn by turn, and is saved as a whole; a pair's n samples share it, and a prefill.
+    size = max(1, group_size(len(rows), args.batch_size) // args.samples) * args.samples
     blocks = [rows[i:i + size] for i in range(0, len(rows), size)]
     todo = [block for block in blocks if not all(key_of(row) in output for row in block)]
 
@@ -207,13 +204,12 @@ def main():
         def ask(alive, turn):
             requests = [Request(seen_by_questioner(row), seed_for(args.seed, "ask", *key_of(row), turn))
                         for row in alive]
-            return questioner.generate(requests, args.temperature, args.top_p, args.max_tokens, strict=False)
+            return questioner.generate(requests, args.temperature, args.top_p, args.max_tokens, block=True)
 
         def answer(alive, turn):
             requests = [Request(seen_by_roleplayer(row), seed_for(args.seed, "answer", *key_of(row), turn))
                         for row in alive]
-            return roleplayer.generate(requests, args.roleplayer_temperature, args.top_p, args.max_tokens,
-                                       strict=False)
+            return roleplayer.generate(requests, args.roleplayer_temperature, args.top_p, args.max_tokens, block=True)
         return ask, answer
 
     speakers = open_models() if todo else None

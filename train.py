@@ -27,10 +27,10 @@ from collections import defaultdict
 from contextlib import nullcontext
 from pathlib import Path
 
-from common import (add_dtype_flag, claim, digest, fail, known, lasting_imports, load_model, load_tokenizer, local_model,
-                    model_name, not_negative, pair_of, positive, progress, read_conversations, read_gold, read_personas,
-                    read_tasks, response_form, sample_pairs, say, stage_parser, start_processes, training_examples,
-                    writing)
+from common import (add_dtype_flag, claim, digest, fail, known, lasting_imports, load_model, load_tokenizer,
+                    local_model, model_name, not_negative, pair_of, positive, progress, read_conversations, read_gold,
+                    read_personas, read_tasks, response_form, sample_pairs, say, stage_parser, start_processes,
+                    training_examples, writing)
 
 import numpy as np  # noqa: E402  (after common: Ctrl-C while torch loads is one line)
 with lasting_imports():
@@ -61,8 +61,9 @@ def cross_entropy(logits, targets):
 
 
 class LeanCrossEntropy(torch.autograd.Function):
-    """`cross_entropy` in a third of the memory: autograd would hold three more tensors as large as the logits. This one
-    goes through a few rows at a time, and writes their gradient over them."""
+    """`cross_entropy` in a third of the memory: autograd would hold three tensors as large as the logits (the
+    log-probabilities and two gradients). This one goes through a few rows at a time, and writes their gradient over
+    them."""
 
     @staticmethod
     def forward(ctx, logits, targets):
@@ -154,7 +155,8 @@ def parse_args():
     parser.add_argument("--warmup", type=not_negative, default=0.1, help="share of the steps")
     parser.add_argument("--epochs", type=positive, default=1, help="passes over the examples")
     parser.add_argument("--batch-size", type=positive, default=64, help="examples in a step, on all devices together")
-    parser.add_argument("--micro-batch-size", type=positive, default=4, help="examples on a device at a time, on average: fewer long ones, more short ones")
+    parser.add_argument("--micro-batch-size", type=positive, default=4,
+                        help="examples on a device at a time, on average: fewer long ones, more short ones")
     parser.add_argument("--max-length", type=positive, default=2048,
                         help="tokens; a longer example is dropped and counted, never cut (the release cut at 1024)")
     parser.add_argument("--validation", type=not_negative, default=0.05, help="share of the examples held out")
@@ -219,7 +221,8 @@ def main():
     generator = np.random.default_rng(args.seed)
     pairs = generator.permutation(sorted(examples)).tolist()    # whole pairs are held out
     held_out = min(math.ceil(args.validation * len(pairs)), len(pairs) - 1)
-    validation = [example for pair in pairs[:held_out] for example in examples[tuple(pair)]]
+    validation = sorted((example for pair in pairs[:held_out] for example in examples[tuple(pair)]),
+                        key=lambda example: len(example[0]))
     examples = [example for pair in pairs[held_out:] for example in examples[tuple(pair)]]
 
     world = accelerator.num_processes
@@ -241,12 +244,12 @@ def main():
     warmup = min(math.ceil(args.warmup * len(batches)), len(batches) - 1)
     schedule = get_cosine_schedule_with_warmup(optimizer, warmup, len(batches))
 
-    nothing = examples[0][0], [-100] * len(examples[0][0])      # all processes must go backward together: a loss of 0
+    nothing = examples[0][0][:2], [-100, -100]                  # all processes must go backward together: a loss of 0
 
     def dealt(pool, indices, count):
         """This process's share of `count` micro-batches: lists of examples."""
         lengths = {i: len(pool[i][0]) for i in indices}
-        runs = micro_batches(sorted(indices, key=lengths.get), lengths, count)[accelerator.process_index::world]
+        runs = micro_batches(indices, lengths, count)[accelerator.process_index::world]
         return [[pool[i] for i in run] or [nothing] for run in runs]
 
     def validation_loss():

@@ -154,7 +154,8 @@ def our_step(model, optimizer, examples, micro, pad):
     """train.py's own step: micro-batches of similar lengths, logits where a target is, and their gradient in place."""
     lengths = [len(ids) for ids, _ in examples]
     batch = sorted(range(len(examples)), key=lambda j: lengths[j])                 # as train.epoch_batches does
-    runs = [[examples[i] for i in run] for run in train.micro_batches(batch, lengths, len(examples) // micro)]
+    runs = train.micro_batches(batch, lengths, max(1, len(examples) // micro))
+    runs = [[examples[i] for i in run] for run in runs if run]
     loss, _ = train.step(Accelerator(cpu=model.device.type == "cpu"), model, optimizer, runs,
                          train.count_supervised(examples), pad, clip=1.0)
     return loss
@@ -205,7 +206,7 @@ def compare_simulate(args, folder):
     let_answers_end(local.model)
     elicitation = texts(450, 450)
     pairs = [(f"w{i} {elicitation} {texts(8, 20)}", i)
-             for i in range(max(1, common.BATCHES_IN_A_GROUP * args.rows // 10))]
+             for i in range(max(1, 4 * args.rows // 10))]
     answers = {}                                                # the Roleplayer is elsewhere: its time is not ours
 
     def run(generate):
@@ -225,7 +226,7 @@ def compare_simulate(args, folder):
         return [row["conversation"] for row in rows]
 
     settings = 0.9, 0.9, 200
-    ours = lambda: run(lambda requests: local.generate(requests, *settings))                        # noqa: E731
+    ours = lambda: run(lambda requests: local.generate(requests, *settings, block=True))            # noqa: E731
     theirs = lambda: run(lambda requests: wrapper_generate(local, requests, *settings))             # noqa: E731
     a, b = ours(), theirs()
     same = sum(x == y for x, y in zip(a, b)) / len(a)
@@ -233,7 +234,8 @@ def compare_simulate(args, folder):
     yield "simulate, 3 turns", "wrapper", "s", in_turn(ours, theirs, args.rounds), len(a)
     counts = [decoding_steps(local.model, local.pad, side, args.rows) for side in (ours, theirs)]
     for name, (our_count, their_count) in zip(("decoding steps", "steps nearly empty"), zip(*counts)):
-        yield f"simulate, {name}", "wrapper", "", [(max(1, our_count), their_count)], len(a)
+        if our_count:
+            yield f"simulate, {name}", "wrapper", "", [(our_count, their_count)], len(a)
 
 
 def compare_score(args, folder, name="score"):
@@ -287,6 +289,7 @@ def compare_trl(args, folder):
         theirs = trainer.evaluate()["eval_loss"]
         ours = our_step(model, optimizer, examples, 4, pad)
         assert abs(ours - theirs) < 0.02, (ours, theirs)     # its evaluation is a mean of batch means
+        trainer.train()                                         # as ours, once before it is timed
         yield "train, a step of 64", "trl", "s", in_turn(lambda: our_step(model, optimizer, examples, 4, pad),
                                                          trainer.train, args.rounds), len(examples)
 
@@ -311,8 +314,9 @@ def compare_continuous(args, folder):
 
 def peak(stage, side, args):
     """MiB above the loaded model, of scoring or of a training step; in a process of its own."""
-    command = [sys.executable, __file__, "--peak", stage, side, "--texts", str(args.texts), "--words", "32000", "--hidden",
-               str(args.hidden), "--layers", str(args.layers), "--device", args.device, "--dtype", args.dtype]
+    command = [sys.executable, __file__, "--peak", stage, side, "--texts", str(args.texts), "--words", "32000",
+               "--hidden", str(args.hidden), "--layers", str(args.layers), "--device", args.device,
+               "--dtype", args.dtype]
     env = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "100000"}    # what is freed goes back: the peak is of what is held
     return int(subprocess.run(command, capture_output=True, text=True, check=True, env=env).stdout.split()[-1])
 
@@ -340,6 +344,7 @@ def measure_peak(stage, side, args):
             before = torch.cuda.memory_allocated() // 2 ** 20
             work()
             return torch.cuda.max_memory_allocated() // 2 ** 20 - before
+        Path("/proc/self/clear_refs").write_text("5")           # forget what loading took
         before = resident("VmRSS")
         work()
         return resident("VmHWM") - before
@@ -361,15 +366,17 @@ def limits(args, folder):
     a @ a
     rate = 2 * size ** 3 / min(seconds(lambda: a @ a) for _ in range(10))
     local, texts = open_local(folder, args), Texts(args.words)
+    head = local.model.get_output_embeddings().weight.numel()
     weights = sum(w.numel() for w in local.model.parameters()) - local.model.get_input_embeddings().weight.numel()
+    body = weights - head                                       # the head is needed for some tokens only
     scored = [common.scored_ids(local.tokenizer, texts.chat()) for _ in range(args.texts)]
     time_score = min(seconds(lambda: list(local.score(scored, 8192))) for _ in range(3))
     examples = examples_of(args, local.tokenizer, 64)
     model, optimizer = training(args, folder)
     time_step = min(seconds(lambda: our_step(model, optimizer, examples, 4, local.pad)) for _ in range(3))
     print(f"\nThe machine's matrices: {rate / 1e9:,.0f} GFLOP/s; of that scoring reaches "
-          f"{2 * weights * sum(len(ids) for ids, _ in scored) / time_score / rate:.2f}, training "
-          f"{6 * weights * sum(len(ids) for ids, _ in examples) / time_step / rate:.2f}")
+          f"{2 * body * sum(len(ids) for ids, _ in scored) / time_score / rate:.2f}, training "
+          f"{6 * body * sum(len(ids) for ids, _ in examples) / time_step / rate:.2f}")
 
     block = torch.ones(2 ** 28 if args.device == "cuda" else 2 ** 26, device=args.device)
     copy = block.clone()
@@ -383,7 +390,7 @@ def limits(args, folder):
         return seconds(lambda: local.model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False,
                                                     max_new_tokens=tokens, logits_processor=stay))
     decode(2)
-    step = min((decode(34) - decode(2)) / 32 for _ in range(3))
+    step = (min(decode(34) for _ in range(3)) - min(decode(2) for _ in range(3))) / 32
     config = local.model.config
     cache = (2 * config.num_hidden_layers * config.num_key_value_heads * config.hidden_size
              // config.num_attention_heads * args.rows * 616)                                    # numbers, on average
@@ -401,8 +408,9 @@ def paper_scale(args, folder, cost):
     local, texts = open_local(folder, args), Texts(args.words)
     let_answers_end(local.model, 200)
     requests = [common.Request(common.response_form("w1", texts(8, 20), texts.conversation()), i)
-                for i in range(common.BATCHES_IN_A_GROUP * args.rows)]
-    cost = {**cost, "respond": seconds(lambda: list(local.generate(requests, 0.9, 0.9, 700))) / len(requests)}
+                for i in range(4 * args.rows)]
+    respond = seconds(lambda: list(local.generate(requests, 0.9, 0.9, 700, block=True))) / len(requests)
+    cost = {**cost, "respond": respond}
     hours = {stage: cost[stage] * PAPER[stage] / 3600 for stage in PAPER if stage in cost}
     if "simulate, 3 turns" in hours:
         hours["simulate, 3 turns"] *= 2 / 3

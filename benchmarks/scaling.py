@@ -49,8 +49,8 @@ def stages(folder, url, pairs):
                          "--output", here / "s.jsonl")
     yield "train", *run("train.py", *rows, *base, "--selected", here / "s.jsonl", "--batch-size", 8,
                         "--micro-batch-size", 8, "--epochs", 3, "--output", here / "model")
-    yield "evaluate", *run("evaluate.py", *rows, *golds, *base, *questioner, *conversations, "--iteration", 0, "--split",
-                           "A", "--max-tokens", 64, "--results", here / "r.jsonl", "--output", here / "e")
+    yield "evaluate", *run("evaluate.py", *rows, *golds, *base, *questioner, *conversations, "--iteration", 0,
+                           "--split", "A", "--max-tokens", 64, "--results", here / "r.jsonl", "--output", here / "e")
 
 
 def resume(folder, tasks, personas):
@@ -89,10 +89,12 @@ def main():
         folder = Path(folder)
         server = subprocess.Popen([sys.executable, ROOT / "toy/server.py", "--port", "0", "--port-file", folder / "url",
                                    "--end-with-parent"])
-        while not (folder / "url").exists() or not (folder / "url").read_text():
-            time.sleep(0.1)
-        url = (folder / "url").read_text().strip()
         try:
+            while not (folder / "url").exists() or not (folder / "url").read_text():
+                if server.poll() is not None:
+                    sys.exit("toy/server.py has ended")
+                time.sleep(0.1)
+            url = (folder / "url").read_text().strip()
             run("toy/world.py", "--output", folder / "tasks.jsonl", "--tasks-per-split", 28)
             run("generate_personas.py", "--model", f"openai:persona-writer@{url}", "--splits", "A=28", "--output",
                 folder / "personas.jsonl")
@@ -104,7 +106,8 @@ def main():
         finally:
             server.terminate()
             server.wait()
-        print(f"{'stage':<12}" + "".join(f"{n:>8} pairs{'':>9}" for n in counts) + f"{'a pair':>12}{'growth x2-x4 / x1-x2':>24}")
+        print(f"{'stage':<12}" + "".join(f"{n:>8} pairs{'':>9}" for n in counts) +
+              f"{'a pair':>12}{'growth x2-x4 / x1-x2':>24}")
         for stage in dict.fromkeys(row["stage"] for row in rows):
             (a, m), (b, n), (c, k) = [(row["seconds"], row["MiB"]) for row in rows if row["stage"] == stage]
             print(f"{stage:<12}" + "".join(f"{s:>8.1f} s {mib:>6} MiB{'':>3}" for s, mib in ((a, m), (b, n), (c, k))) +

@@ -1,5 +1,6 @@
 """Log-probabilities, generation and chats, each against a second way to the same answer."""
 import os
+import shutil
 import json
 from types import SimpleNamespace
 
@@ -114,7 +115,7 @@ def test_shared_openings_and_rows_that_leave_and_join_change_no_text(tiny, batch
         seen = []
         hook = model.model.register_forward_pre_hook(with_kwargs=True, hook=lambda module, ids, more: seen.append(
             (ids or [more["input_ids"]])[0].shape))
-        replies = dict(model.generate(requests, temperature, 0.9, 100))
+        replies = dict(model.generate(requests, temperature, 0.9, 100, block=True))
         hook.remove()
         heads = [len(os.path.commonprefix(prompts[i // 3 * 3:i // 3 * 3 + 3])) for i in range(9)]
         if batch_size == 9:
@@ -138,6 +139,22 @@ def test_shared_openings_and_rows_that_leave_and_join_change_no_text(tiny, batch
                 order = sorted(range(9), key=lambda i: -len(prompts[i]))
                 apart = sum(max(lengths[i] for i in order[k:k + 4]) for k in (0, 4, 8))
                 assert len(steps) < 0.9 * apart and 1 < max(steps) <= 4, "others take their places"
+
+
+def test_a_sliding_window_sees_the_same_in_a_batch_as_alone(tiny, tmp_path):
+    """Mistral v0.1, Gemma: no padding may stand inside of a row, and rows of another batch do not join."""
+    folder = shutil.copytree(tiny, tmp_path / "sliding")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "sliding_window": 24}))
+    requests = [Request([{"role": "user", "content": f"Ask about {'tea ' * pair}."},
+                         {"role": "assistant", "content": "Why? " * sample}, {"role": "user", "content": "So. " * pair}], sample)
+                for pair in (1, 2, 9) for sample in (1, 2, 6)]
+    together = dict(local(folder, batch_size=4).generate(requests, 0.0, 1.0, 40, block=True))
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    assert model.config.sliding_window == 24
+    assert [together[i].text for i in range(9)] == [plain_generate(folder, local(folder).tokenizer, r.chat, 40) for r in requests]
+    texts = [plain_generate(tiny, local(tiny).tokenizer, r.chat, 40) for r in requests]
+    assert texts != [together[i].text for i in range(9)], "the window must matter"
 
 
 def test_a_sample_depends_on_its_own_seed_alone(model, tiny):
