@@ -98,15 +98,20 @@ def test_greedy_batches_equal_plain_greedy_generation(model, tiny):
     assert [replies[i].text for i in range(7)] == [plain_generate(tiny, model.tokenizer, r.chat, 12) for r in requests]
 
 
+def say_few_letters(model, tokenizer):
+    """So that the end comes often."""
+    few = [*range(65, 91), tokenizer.eos_token_id]
+    with torch.no_grad():
+        model.lm_head.weight[[i for i in range(len(tokenizer)) if i not in few]] = 0
+        model.lm_head.weight[tokenizer.eos_token_id] *= 1.3
+
+
 @pytest.mark.parametrize("batch_size", [9, 4])
 def test_shared_openings_and_rows_that_leave_and_join_change_no_text(tiny, batch_size):
     """Samples of three pairs in their second and third turn; answers end anywhere in 100 tokens, or not at all. Of four
     that go side by side, some end, and others take their places, at other lengths."""
     model = local(tiny, batch_size=batch_size)
-    few = [*range(65, 91), model.tokenizer.eos_token_id]
-    with torch.no_grad():                                        # says few letters, so that the end comes often
-        model.model.lm_head.weight[[i for i in range(len(model.tokenizer)) if i not in few]] = 0
-        model.model.lm_head.weight[model.tokenizer.eos_token_id] *= 1.3
+    say_few_letters(model.model, model.tokenizer)
     requests = [Request([{"role": "user", "content": f"Ask about {'tea ' * pair}."},
                          *[{"role": role, "content": f"{sample} " * (1 + (pair + 5 * sample) % 7)} for _ in range(1 + sample % 2)
                            for role in ("assistant", "user")]], 10 * pair + sample) for pair in (1, 2, 9) for sample in range(3)]
@@ -143,18 +148,22 @@ def test_shared_openings_and_rows_that_leave_and_join_change_no_text(tiny, batch
 
 def test_a_sliding_window_sees_the_same_in_a_batch_as_alone(tiny, tmp_path):
     """Mistral v0.1, Gemma: no padding may stand inside of a row, and rows of another batch do not join."""
-    folder = shutil.copytree(tiny, tmp_path / "sliding")
-    config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps({**config, "sliding_window": 24}))
+    folders = {window: shutil.copytree(tiny, tmp_path / str(window)) for window in (None, 24)}
+    for window, folder in folders.items():
+        model = AutoModelForCausalLM.from_pretrained(folder)
+        say_few_letters(model, local(tiny).tokenizer)
+        model.config.sliding_window = window
+        model.save_pretrained(folder)
     requests = [Request([{"role": "user", "content": f"Ask about {'tea ' * pair}."},
                          {"role": "assistant", "content": "Why? " * sample}, {"role": "user", "content": "So. " * pair}], sample)
                 for pair in (1, 2, 9) for sample in (1, 2, 6)]
-    together = dict(local(folder, batch_size=4).generate(requests, 0.0, 1.0, 40, block=True))
-    model = AutoModelForCausalLM.from_pretrained(folder)
-    assert model.config.sliding_window == 24
-    assert [together[i].text for i in range(9)] == [plain_generate(folder, local(folder).tokenizer, r.chat, 40) for r in requests]
-    texts = [plain_generate(tiny, local(tiny).tokenizer, r.chat, 40) for r in requests]
-    assert texts != [together[i].text for i in range(9)], "the window must matter"
+    alone = {window: [dict(local(folder).generate([request], 0.9, 0.9, 100))[0].text for request in requests]
+             for window, folder in folders.items()}              # no padding, no cache but its own
+    assert alone[None] != alone[24], "the window must matter"
+    assert len({len(text) // 32 for text in alone[24]}) > 1, "answers must end in different calls"
+    for window, folder in folders.items():
+        together = dict(local(folder, batch_size=4).generate(requests, 0.9, 0.9, 100, block=True))
+        assert [together[i].text for i in range(9)] == alone[window]
 
 
 def test_a_sample_depends_on_its_own_seed_alone(model, tiny):
