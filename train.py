@@ -46,13 +46,12 @@ def example_chat(name, task, conversation, response=None):
 
 
 def collate(examples, pad, device=None):
-    """[(ids, labels)] -> ids, mask, labels, each (B, T), padded on the right; the mask is made from lengths, since pad
-    may be EOS, and an EOS inside a conversation must be seen."""
+    """[(ids, labels)] -> ids and labels, each (B, T), padded on the right. A causal model needs no mask for that: no token
+    sees what comes after it. (Made from `ids != pad`, where pad is EOS, a mask would hide each end of a turn.)"""
     T = max(len(ids) for ids, _ in examples)
     ids = [row + [pad] * (T - len(row)) for row, _ in examples]
-    mask = [[1] * len(row) + [0] * (T - len(row)) for row, _ in examples]
     labels = [row + [-100] * (T - len(row)) for _, row in examples]
-    return tuple(torch.tensor(rows, device=device) for rows in (ids, mask, labels))
+    return torch.tensor(ids, device=device), torch.tensor(labels, device=device)
 
 
 def cross_entropy(logits, targets):
@@ -81,15 +80,15 @@ class LeanCrossEntropy(torch.autograd.Function):
         return logits, None
 
 
-def sum_loss(model, ids, mask, labels):
-    """Sum over the supervised tokens of -log p(token | all before it), a scalar. ids, mask, labels: (B, T).
+def sum_loss(model, ids, labels):
+    """Sum over the supervised tokens of -log p(token | all before it), a scalar. ids, labels: (B, T).
 
     Logits are computed only in columns where some row has a target: at 32,000 words a full tensor is the largest one.
     """
     targets = F.pad(labels[:, 1:], (0, 1), value=-100)          # (B, T): column t is predicted from columns 0..t
     columns = (targets != -100).any(0).nonzero()[:, 0]          # (C,)
     columns = columns if len(columns) else columns.new_zeros(1)
-    logits = model(input_ids=ids, attention_mask=mask, logits_to_keep=columns, use_cache=False).logits   # (B, C, V)
+    logits = model(input_ids=ids, logits_to_keep=columns, use_cache=False).logits                       # (B, C, V)
     return LeanCrossEntropy.apply(logits.flatten(0, 1), targets[:, columns].flatten())  # -sum log p_Q(token | before)
 
 

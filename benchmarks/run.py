@@ -136,10 +136,12 @@ def wrapper_score(local, examples, batch_size=16):
 
 
 def wrapper_step(model, optimizer, examples, micro, pad):
-    """A step on all examples, in the order given, padded to the longest, with all logits."""
+    """A step on all examples, in the order given, padded to the longest, with a mask and all logits."""
     supervised, total = train.count_supervised(examples), 0.0
     for begin in range(0, len(examples), micro):
-        ids, mask, labels = train.collate(examples[begin:begin + micro], pad, model.device)
+        ids, labels = train.collate(examples[begin:begin + micro], pad, model.device)
+        lengths = torch.tensor([len(row) for row, _ in examples[begin:begin + micro]], device=model.device)
+        mask = (torch.arange(ids.shape[1], device=model.device) < lengths[:, None]).long()
         logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits[:, :-1].float()
         loss = F.cross_entropy(logits.flatten(0, 1), labels[:, 1:].flatten(), ignore_index=-100, reduction="sum")
         (loss / supervised).backward()

@@ -89,10 +89,10 @@ def test_the_loss_and_its_mask_are_those_of_trl(template, tmp_path):
     assert between.any() == (template != "llama3")
     theirs["labels"] = theirs["labels"].masked_fill(between, -100)
 
-    ids, mask, labels = train.collate(examples, tokenizer.pad_token_id)
+    ids, labels = train.collate(examples, tokenizer.pad_token_id)
     order = [theirs["input_ids"].tolist().index(row) for row in ids.tolist()]
-    assert torch.equal(theirs["labels"][order], labels) and torch.equal(theirs["attention_mask"][order], mask)
+    assert torch.equal(theirs["labels"][order], labels)
     supervised = (labels[:, 1:] != -100).sum()
     with torch.no_grad():
-        ours = train.sum_loss(trainer.model, ids, mask, labels) / supervised
+        ours = train.sum_loss(trainer.model, ids, labels) / supervised
         assert ours.item() == pytest.approx(trainer.compute_loss(trainer.model, theirs).item(), rel=1e-5)
