@@ -46,8 +46,8 @@ def example_chat(name, task, conversation, response=None):
 
 
 def collate(examples, pad, device=None):
-    """[(ids, labels)] -> ids and labels, each (B, T), padded on the right. A causal model needs no mask for that: no token
-    sees what comes after it. (Made from `ids != pad`, where pad is EOS, a mask would hide each end of a turn.)"""
+    """[(ids, labels)] -> ids and labels, each (B, T), padded on the right. A causal model needs no mask for that: no
+    token sees what comes after it. (Made from `ids != pad`, where pad is EOS, a mask would hide each end of a turn.)"""
     T = max(len(ids) for ids, _ in examples)
     ids = [row + [pad] * (T - len(row)) for row, _ in examples]
     labels = [row + [-100] * (T - len(row)) for _, row in examples]
