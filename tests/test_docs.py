@@ -57,7 +57,8 @@ TEXTS = ["README.md", "run.sh", "NOTES.md", *SCRIPTS]
 @pytest.mark.parametrize("name", TEXTS)
 def test_every_flag_that_is_named_exists(name, flags):
     text = (ROOT / name).read_text()
-    known = set.union(*flags.values()) | FOREIGN
+    benchmarks = "".join(file.read_text() for file in (ROOT / "benchmarks").glob("*.py"))
+    known = set.union(*flags.values(), re.findall(r'add_argument\("(--[a-z-]+)"', benchmarks)) | FOREIGN
     named = set(re.findall(r"(?<![\w-])--[a-z][a-z_-]*", text))
     assert named <= known, f"{name} names {named - known}"
     doc = text if name.endswith((".md", ".sh")) else text.split('"""')[1]
