@@ -887,7 +887,7 @@ class LocalModel:
         import torch
         from transformers import DynamicCache
         cache = DynamicCache(config=self.model.config)
-        opening = [chat[0]["content"] if elastic(cache) else row for row, chat in enumerate(chats)]
+        opening = [chat[0]["content"] for chat in chats] if elastic(cache) else range(len(chats))
         together = defaultdict(list)                            # opening message -> prompts
         for row, prompt in enumerate(prompts):
             together[opening[row]].append(prompt)
@@ -922,8 +922,11 @@ class LocalModel:
                 batch = batch.join(new, self.pad) if alive else new
                 alive += [(i, np.random.default_rng(seed), []) for i, seed in zip(indices, seeds)]
             L, steps = batch.ids.shape[1], min(32, max_tokens - max(len(said) for _, _, said in alive))
-            draws = torch.tensor(np.stack([random.random(steps) for _, random, _ in alive]), dtype=torch.float32)
-            sampling = [nucleus_sampling(draws.to(batch.ids.device), temperature, top_p, L)] if temperature > 0 else []
+            sampling = []
+            if temperature > 0:
+                draws = np.stack([random.random(steps) for _, random, _ in alive])
+                draws = torch.from_numpy(draws).to(batch.ids.device, torch.float32)
+                sampling = [nucleus_sampling(draws, temperature, top_p, L)]
             ids = self.model.generate(
                 batch.ids, attention_mask=batch.mask, past_key_values=batch.cache, max_new_tokens=steps,
                 do_sample=False, logits_processor=sampling)
