@@ -17,9 +17,8 @@ import random
 import re
 from collections import Counter
 
-from common import (Request, Rows, add_local_flags, add_server_flags, announce, digest, fail, fingerprint, fraction,
-                    letters, model_name, not_json, open_model, positive, read_rows, say, seed_for, spent, stage_parser,
-                    start_processes, temperature)
+from common import (Models, Request, Rows, add_model_flags, answer_all, fail, number, read_rows, run, say, seed_for,
+                    stage_parser, start_processes)
 
 SYSTEM_PROMPT = (
     "You are a helpful AI assistant, particularly skilled at writing creative, diverse personas in the form of "
@@ -77,20 +76,13 @@ def read_examples(path):
         examples = [row["persona"] for row in read_rows(path, {"persona_id": str, "persona": str}, ("persona_id",))]
     else:
         try:
-            characters = json.load(open(path, encoding="utf-8"), parse_constant=not_json)
-            chosen = [characters[i] for i in PRODIGY_IDS]
-            if not all(type(c["biography"]) is list for c in chosen):
-                raise TypeError("a biography is a list of sentences")
-            examples = [f"I'm {c['character_name']}. {' '.join(c['biography'])}" for c in chosen]
-            "".join(examples).encode("utf-8")                   # half of a surrogate pair could not be sent
-        except OSError as error:
-            fail(f"{path}: {error.strerror}. Give PRODIGy's characters.json, or a JSONL file of personas.")
-        except (ValueError, KeyError, TypeError, RecursionError) as error:
+            characters = json.load(open(path, encoding="utf-8"))
+            examples = [f"I'm {characters[i]['character_name']}. {' '.join(characters[i]['biography'])}"
+                        for i in PRODIGY_IDS]
+        except (ValueError, KeyError, TypeError) as error:
             fail(f"{path}: not PRODIGy's characters.json ({type(error).__name__}: {error}). It maps ids such as u0 to "
                  "objects with character_name and biography; a file of one persona a line is called .jsonl.")
-    if len(examples) < 2:
-        fail(f"{path}: {len(examples)} personas, but each prompt shows two. Add some.")
-    return examples
+    return examples if len(examples) > 1 else fail(f"{path}: each prompt shows two personas. Add some.")
 
 
 def persona_splits(text):
@@ -106,55 +98,34 @@ def parse_args():
     parser.add_argument("--model", required=True, help="who writes; the paper: gpt-4-0613, which is no more")
     parser.add_argument("--examples", default="data/seed_personas.jsonl", help="or PRODIGy's characters.json (21 ids)")
     parser.add_argument("--splits", type=persona_splits, default="A=50,B=50,test=10", help="how many for each split")
-    parser.add_argument("--temperature", type=temperature, default=1.4, help="high: people should differ")
-    parser.add_argument("--top-p", type=fraction, default=0.9, help="mass of the nucleus")
-    parser.add_argument("--max-tokens", type=positive, default=400, help="length of a persona")
-    parser.add_argument("--attempts", type=positive, default=20, help="how often a persona is asked for at most")
-    add_local_flags(parser, batch_size=32)
-    add_server_flags(parser)
+    parser.add_argument("--temperature", type=number(float, 0), default=1.4, help="high: people should differ")
+    parser.add_argument("--top-p", type=number(float, 0.01, 1), default=0.9, help="mass of the nucleus")
+    parser.add_argument("--max-tokens", type=number(int, 1), default=400, help="length of a persona")
+    parser.add_argument("--attempts", type=number(int, 1), default=20, help="how often a persona is asked for at most")
+    add_model_flags(parser, batch_size=32)
     return parser.parse_args()
 
 
 def main():
     args = parse_args()
-    examples = read_examples(args.examples)
-    processes = start_processes(args.model)
-    settings = {
-        "stage": "generate_personas", "model": model_name(args.model), "system_prompt": SYSTEM_PROMPT,
-        "prompt": PROMPT, "examples": fingerprint(args.examples), "temperature": args.temperature, "top_p": args.top_p,
-        "max_tokens": args.max_tokens, "system": args.system, "extra": args.extra, "dtype": args.dtype,
-        "seed": args.seed}
-    rows = Rows(args.output, ("persona_id",), settings, processes)
-    # Every reply is kept as it comes: it was paid for, and who is accepted depends on the order of the personas, not
-    # on which reply was fastest.
-    replies = Rows(args.output.removesuffix(".jsonl") + ".replies.jsonl", ("persona_id", "attempt"),
-                   {**settings, "stage": "generate_personas, replies"}, processes, args.max_refused)
-
-    wanted = args.splits
-    if args.limit is not None:
-        wanted = sorted(wanted, key=lambda w: seed_for(args.seed, "limit", w[0]))[:args.limit]
-        wanted = [w for w in args.splits if w in wanted]
-    missing = [w for w in wanted if (w[0],) not in rows]
-    taken, rejected, model = list(rows.read()), Counter(), None
-    tried = Counter(persona_id for persona_id, _ in replies.done)
-    announce(processes, args, args.model,
-             [letters(persona_request(examples, seed_for(args.seed, persona_id, tried[persona_id])).chat)
-              for persona_id, _ in missing if tried[persona_id] < args.attempts], args.max_tokens, [rows, replies],
-             f"; and for each unusable reply another call, {args.attempts} a persona at most")
-    for attempt in range(args.attempts):
-        keys = [(persona_id, attempt) for persona_id, _ in missing]
-        requests = [persona_request(examples, seed_for(args.seed, *key)) for key in keys]
-        done = replies.plan(keys, [digest(request.chat) for request in requests], f"personas, attempt {attempt + 1}")
-        if len(done) < len(keys):
-            model = model or open_model(args.model, args, processes)
-            for i, reply in model.generate(requests, args.temperature, args.top_p, args.max_tokens, done, processes):
-                if replies.save(i, {"reply": reply.text, **reply.marks()}):
-                    say(processes, f"\n{keys[i][0]}: {reply.text}\n")
-        replies.finish()
-
-        answers, asked, missing = {(row["persona_id"], row["attempt"]): row for row in replies.read()}, missing, []
-        for (persona_id, split), key in zip(asked, keys):
-            answer = answers[key]
+    examples, processes = read_examples(args.examples), start_processes()
+    models, rejected = Models(args, processes), Counter()
+    # More people or attempts may be wanted later: these are no settings. Every reply is kept: it was paid for, and who
+    # is accepted depends on the order of the personas, not on which reply was fastest.
+    settings = {"prompts": [SYSTEM_PROMPT, PROMPT], "splits": None, "attempts": None}
+    rows = Rows(args, args.output, ("persona_id",), processes, **settings)
+    replies = Rows(args, args.output.removesuffix(".jsonl") + ".replies.jsonl", ("persona_id", "attempt"), processes,
+                   **settings)
+    wanted = sorted(args.splits, key=lambda w: seed_for(args.seed, "limit", w[0]))[:args.limit]
+    missing, taken = [w for w in args.splits if w in wanted and w[:1] not in rows], list(rows.values())
+    for attempt in range(args.attempts if missing else 0):
+        requests = {(persona_id, attempt): persona_request(examples, seed_for(args.seed, persona_id, attempt))
+                    for persona_id, _ in missing}
+        answer_all(replies, requests, models, args.model, (args.temperature, args.top_p, args.max_tokens),
+                   f"personas, attempt {attempt + 1}", lambda key, reply: {"reply": reply.text})
+        asked, missing = missing, []
+        for persona_id, split in asked:
+            answer = replies[persona_id, attempt]
             text, name = answer["reply"], name_in(answer["reply"])
             why = "refused" if "refused" in answer else "cut" if "cut" in answer else why_not(text, name, taken)
             if why:
@@ -163,21 +134,17 @@ def main():
             else:
                 taken.append({"persona_id": persona_id, "split": split, "name": name, "persona": text})
                 if processes.is_main_process:
-                    rows.add(taken[-1:])
+                    rows.add(taken[-1])
         if not missing:
             break
-    if not missing:                                             # else the next run goes on with the parts
-        rows.finish()
-    count, usage = replies.tally()
-    again = ", ".join(f"{number} {why}" for why, number in sorted(rejected.items()))
-    say(processes, f"{args.output}: {len(taken)} personas from {count} replies{again and f'; asked again: {again}'}"
-                   f"{spent(args, usage)}")
-    replies.limit_refusals()
-    if missing:
-        say(processes, f"{len(missing)} of {len(wanted)} personas are still missing after {args.attempts} attempts "
-                       "each: start again with more --attempts, or with another --model.")
-        raise SystemExit(1)
+    again = ", ".join(f"{number} {why}" for why, number in sorted(rejected.items())) or "none"
+    say(processes, "", taken[0]["persona"] if taken else "", "", replies.summary(),
+        f"{args.output}: {len(taken)} personas; replies that could not be one: {again}")
+    if missing:                                                 # the next run goes on with the parts
+        fail(f"{len(missing)} of {len(wanted)} personas are still missing after {args.attempts} attempts each: start "
+             "again with more --attempts, or with another --model.", status=1)
+    rows.finish()
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

@@ -16,9 +16,8 @@ On a laptop, with the embedded world's server (toy/server.py) running:
 The paper's scale, 2 x 250 x 50 + 50 x 10 = 25,500 calls:
     python gold.py --oracle openai:MODEL --personas runs/paper/personas.jsonl --output runs/paper/gold.jsonl
 """
-from common import (Request, Rows, add_local_flags, add_server_flags, all_pairs, announce, digest, fraction, letters,
-                    model_name, open_model, positive, read_personas, read_tasks, say, seed_for, spent, stage_parser,
-                    start_processes, temperature)
+from common import (Models, Request, Rows, add_data_flags, add_model_flags, all_pairs, answer_all, number,
+                    read_personas, read_tasks, run, say, seed_for, stage_parser, start_processes)
 
 SYSTEM_PROMPT = (
     "You are a helpful AI assistant, particularly skilled at providing personalized, satisfying answers to users "
@@ -48,49 +47,35 @@ def oracle_chat(persona, task):
 def parse_args():
     parser = stage_parser(__doc__, "gold responses (JSONL)", "a seeded sample of N pairs of each split")
     parser.add_argument("--oracle", required=True, help="the paper: gpt-4-0613, which is no more")
-    parser.add_argument("--tasks", default="data/tasks.jsonl", help="tasks (JSONL)")
-    parser.add_argument("--personas", default="runs/personas.jsonl", help="personas (JSONL)")
+    add_data_flags(parser)
     parser.add_argument("--split", nargs="+", default=["A", "B", "test"], help="one or more splits")
-    parser.add_argument("--temperature", type=temperature, default=0.0, help="0: greedy")
-    parser.add_argument("--top-p", type=fraction, default=0.9, help="mass of the nucleus")
-    parser.add_argument("--max-tokens", type=positive, default=300, help="length of a gold response")
-    add_local_flags(parser, batch_size=32)
-    add_server_flags(parser)
+    parser.add_argument("--temperature", type=number(float, 0), default=0.0, help="0: greedy")
+    parser.add_argument("--top-p", type=number(float, 0.01, 1), default=0.9, help="mass of the nucleus")
+    parser.add_argument("--max-tokens", type=number(int, 1), default=300, help="length of a gold response")
+    add_model_flags(parser, batch_size=32)
     return parser.parse_args()
 
 
 def main():
     args = parse_args()
-    tasks, personas = read_tasks(args.tasks), read_personas(args.personas)
-    pairs = [pair for split in dict.fromkeys(args.split)
-             for pair in all_pairs(tasks, personas, split, args.limit, args.seed)]
-    processes = start_processes(args.oracle)
-    rows = Rows(args.output, ("task_id", "persona_id"), {
-        "stage": "gold", "oracle": model_name(args.oracle), "system_prompt": SYSTEM_PROMPT, "prompt": PROMPT,
-        "temperature": args.temperature, "top_p": args.top_p, "max_tokens": args.max_tokens, "extra": args.extra,
-        "system": args.system, "dtype": args.dtype, "seed": args.seed}, processes, args.max_refused)
+    tasks, personas, processes = read_tasks(args.tasks), read_personas(args.personas), start_processes()
+    pairs = {(task["task_id"], persona["persona_id"]): (task, persona) for split in args.split
+             for task, persona in all_pairs(tasks, personas, split, args.limit, args.seed)}
+    # `split` is no setting: golds of another split may be added.
+    rows = Rows(args, args.output, ("task_id", "persona_id"), processes, prompts=[SYSTEM_PROMPT, PROMPT], split=None)
+    requests = {pair: Request(oracle_chat(persona["persona"], task["task"]), seed_for(args.seed, "gold", *pair))
+                for pair, (task, persona) in pairs.items()}
 
-    keys = [(task["task_id"], persona["persona_id"]) for task, persona in pairs]
-    requests = [Request(oracle_chat(persona["persona"], task["task"]), seed_for(args.seed, "gold", *key))
-                for (task, persona), key in zip(pairs, keys)]
+    def fields(pair, reply):
+        if not reply.text and not reply.refused:                # an empty gold would make any conversation the best
+            return {"gold": "", "refused": "empty"}
+        return {"split": pairs[pair][0]["split"], "gold": reply.text}
 
-    done = rows.plan(keys, [digest(request.chat) for request in requests], "gold responses")
-    announce(processes, args, args.oracle, [letters(request.chat) for i, request in enumerate(requests)
-                                            if i not in done], args.max_tokens, [rows])
-    if len(done) < len(keys):
-        oracle = open_model(args.oracle, args, processes)
-        for i, reply in oracle.generate(requests, args.temperature, args.top_p, args.max_tokens, done, processes):
-            if not reply.text and not reply.refused:
-                reply = reply._replace(refused="empty")         # an empty gold would make any conversation the best
-            first = rows.save(i, {"split": pairs[i][0]["split"], "gold": reply.text, **reply.marks()})
-            if first:
-                say(processes, f"\n{pairs[i][0]['task']}\n{pairs[i][1]['persona']}\n-> {reply.text}\n")
-    rows.finish()
-    total, refused, cut, usage = rows.tally("refused", "cut")
-    say(processes, f"{args.output}: {total} gold responses, {refused} refused, {cut} cut at {args.max_tokens} tokens"
-                   f"{spent(args, usage)}")
-    rows.limit_refusals()
+    answer_all(rows, requests, Models(args, processes), args.oracle,
+               (args.temperature, args.top_p, args.max_tokens), "gold responses", fields)
+    pair, (task, persona) = next(iter(pairs.items()))
+    say(processes, "", task["task"], persona["persona"], f"-> {rows[pair]['gold']}", "", rows.summary())
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

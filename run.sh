@@ -10,6 +10,7 @@
 #   VARIANTS="main base_answers other_user no_reg gold random permuted"        which; README's "The ablations" says what
 #   LIMIT=n      a seeded sample of n (task, persona) pairs of each split: a trial before a large run
 #   BASE=folder  another Q_BASE
+#   SERVE="vllm serve"           serves each Q_t while it asks and answers: any command that takes a folder and --port
 #   SIMULATE_FLAGS, SELECT_FLAGS, TRAIN_FLAGS, EVALUATE_FLAGS     more flags for these stages
 #   SERVER_FLAGS more flags for all stages that ask a server: --concurrency, --timeout, --prices, --max-refused
 #   FAULTS=JSON  how often the embedded world's server fails (python toy/server.py --help)
@@ -112,13 +113,14 @@ for variant in $VARIANTS; do
     esac
 done
 
+mkdir -p "$RUN"
+server='' serving='' serving_model='' SERVE_PORT=${SERVE_PORT:-8811}
+trap 'kill $server $serving 2> /dev/null || true' EXIT
+trap 'exit 130' INT TERM
 if [ "$MODE" != paper ]; then
-    mkdir -p "$RUN"
     rm -f "$RUN/server.url"
     python toy/server.py --port 0 --port-file "$RUN/server.url" --end-with-parent ${FAULTS:+--faults "$FAULTS"} &
     server=$!
-    trap 'kill $server 2>/dev/null || true' EXIT
-    trap 'exit 130' INT TERM
     until [ -s "$RUN/server.url" ]; do kill -0 $server; sleep 0.1; done
     url=$(cat "$RUN/server.url")
     python toy/world.py --output "$RUN/tasks.jsonl" --tasks-per-split $TASKS_PER_SPLIT
@@ -135,21 +137,43 @@ fi
 DATA=(--tasks "$TASKS" --personas "$RUN/personas.jsonl" --seed "$SEED" ${LIMIT:+--limit "$LIMIT"})
 GOLD=(--gold "$RUN/gold.jsonl" --base "$BASE")
 SIMULATE=($LAUNCH simulate.py "${DATA[@]}" "${MODEL[@]}" "${ANSWER[@]}" $SERVER_FLAGS $SIMULATE_FLAGS)
-SELECT=($LAUNCH select.py "${DATA[@]}" "${GOLD[@]}" "${MODEL[@]}" "${ANSWER[@]}" $SELECT_FLAGS)
+SELECT=($LAUNCH select.py "${DATA[@]}" "${GOLD[@]}" "${MODEL[@]}" "${ANSWER[@]}" $SERVER_FLAGS $SELECT_FLAGS)
 TRAIN=($LAUNCH_TRAINING train.py "${DATA[@]}" "${GOLD[@]}" "${MODEL[@]}" "${LEARN[@]}" $TRAIN_FLAGS)
 EVALUATE=($LAUNCH evaluate.py "${DATA[@]}" "${GOLD[@]}" "${MODEL[@]}" "${ANSWER[@]}" --split "$SPLIT"
           --results "$RUN/results.jsonl" $SERVER_FLAGS $EVALUATE_FLAGS)
 JUDGED=(--judge "$JUDGE" --extra "$EXTRA" --baseline)       # the folder of Q_BASE's evaluation follows
 
+# serve MODEL FILE: sets `served` to the string by which stages name a Questioner. With SERVE that is a server of the
+# model's folder, started in the place of the one before unless FILE, for which it is needed, is there. The server's name
+# for the model is the folder, so that settings record what lies in it.
+serve() {
+    served=$1
+    [ -n "$SERVE" ] || return 0
+    served=openai:$1@http://127.0.0.1:$SERVE_PORT/v1
+    [ "$1" != "$serving_model" ] && [ ! -e "$2" ] || return 0
+    [ -z "$serving" ] || kill "$serving" 2> /dev/null && wait "$serving" || true
+    serving='' serving_model=$1
+    [ -n "$1" ] || return 0
+    $SERVE "$1" --port "$SERVE_PORT" > "$RUN/serve.log" 2>&1 &
+    serving=$!
+    until python -c "from urllib.request import *; urlopen('http://127.0.0.1:$SERVE_PORT/v1/models', timeout=5)" 2> /dev/null
+    do
+        kill -0 "$serving" 2> /dev/null || refuse "SERVE ended: see $RUN/serve.log"
+        sleep 1
+    done
+}
+
 # test_talk MODEL ROLEPLAYER FOLDER: Q_t's conversations on the test split
 test_talk() {
-    "${SIMULATE[@]}" --questioner "$1" --roleplayer "$2" --split "$SPLIT" --samples $TEST_SAMPLES \
+    serve "$1" "$3/$SPLIT.jsonl"
+    "${SIMULATE[@]}" --questioner "$served" --roleplayer "$2" --split "$SPLIT" --samples $TEST_SAMPLES \
         --output "$3/$SPLIT.jsonl"
 }
 
 # evaluate VARIANT ITERATION MODEL CONVERSATIONS FOLDER ...: gold log-probabilities, responses, verdicts, tables
 evaluate() {
-    "${EVALUATE[@]}" --variant "$1" --iteration "$2" --questioner "$3" --conversations "$4/$SPLIT.jsonl" \
+    serve "$3" "$5/$SPLIT/responses.jsonl"
+    "${EVALUATE[@]}" --variant "$1" --iteration "$2" --questioner "$served" --conversations "$4/$SPLIT.jsonl" \
         --output "$5/$SPLIT" "${@:6}"
     if [ "$MODE" != paper ]; then               # only the embedded world can be asked what matters
         python toy/measure.py --variant "$1" --iteration "$2" --split "$SPLIT" --conversations "$4/$SPLIT.jsonl" \
@@ -169,7 +193,9 @@ expert_iteration() {
         case $1 in
         no_reg) target=none ;;
         gold) target=gold ;;
-        random | permuted) rule=(--pick "$1") ;;                # controls: the selection must matter
+        random) rule=(--pick random) ;;                         # controls: the selection must matter
+        permuted) rule=(--gold "$RUN/permuted.jsonl")           # by golds that were written for others
+            python toy/permute.py --gold "$RUN/gold.jsonl" --seed "$SEED" --output "$RUN/permuted.jsonl" ;;
         esac
         if [ "$t" = 1 ]; then                   # Q_0 is the same for all variants: they share its conversations, and,
             talk=$RUN/base                      # where the rule is the same, the selection
@@ -179,14 +205,17 @@ expert_iteration() {
         fi
 
         # Line 3: n conversations for each (task, persona) pair between Q_{t-1} and the Roleplayer.
-        "${SIMULATE[@]}" --questioner "$questioner" --roleplayer "$ROLEPLAYER" --split $split --samples $SAMPLES \
+        serve "$questioner" "$talk/conversations.jsonl"
+        "${SIMULATE[@]}" --questioner "$served" --roleplayer "$ROLEPLAYER" --split $split --samples $SAMPLES \
             ${TRAIN_PAIRS:+--limit "$TRAIN_PAIRS"} --output "$talk/conversations.jsonl"
 
         # Lines 4 and 5: keep the one that makes the gold most probable under Q_BASE; Q_{t-1} responds to it.
-        "${SELECT[@]}" --questioner "$questioner" --conversations "$talk/conversations.jsonl" "${rule[@]}" \
+        serve "$questioner" "$selected/selected.jsonl"
+        "${SELECT[@]}" --questioner "$served" --conversations "$talk/conversations.jsonl" "${rule[@]}" \
             --output "$selected/selected.jsonl"
 
         # Line 6: fine-tune Q_BASE on the conversation and the response, the questions alone, or the gold response.
+        serve ""                                # a server holds memory that training needs
         "${TRAIN[@]}" --selected "$selected/selected.jsonl" --target $target --output "$here/model"
 
         questioner=$here/model
@@ -195,18 +224,10 @@ expert_iteration() {
     done                                        # line 7
 }
 
-# launch MODEL: how a stage with this one model starts
-launch() {
-    case $1 in
-    openai:*) echo python ;;                    # a server is asked by one process
-    *) echo "$LAUNCH" ;;
-    esac
-}
-
 # Line 1, the input: personas U and gold responses G. (The tasks T are there.)
-$(launch "$WRITER") generate_personas.py --model "$WRITER" --extra "$EXTRA" --splits $PERSONA_SPLITS --seed "$SEED" \
+$LAUNCH generate_personas.py --model "$WRITER" --extra "$EXTRA" --splits $PERSONA_SPLITS --seed "$SEED" \
     --output "$RUN/personas.jsonl" $SERVER_FLAGS
-$(launch "$ORACLE") gold.py "${DATA[@]}" --oracle "$ORACLE" --extra "$EXTRA" --split A B "$SPLIT" \
+$LAUNCH gold.py "${DATA[@]}" --oracle "$ORACLE" --extra "$EXTRA" --split A B "$SPLIT" \
     --output "$RUN/gold.jsonl" $SERVER_FLAGS
 
 test_talk "$BASE" "$ROLEPLAYER" "$RUN/base"

@@ -34,10 +34,9 @@ else:
     import math
     from collections import defaultdict
 
-    from common import (Request, Rows, add_local_flags, digest, fail, key_of, known, local_model, model_name,
-                        open_model, pair_of, positive, read_conversations, read_gold, read_personas, read_tasks,
-                        response_form, rotation, sample_pairs, say, score_rows, seed_for, stage_parser,
-                        start_processes)
+    from common import (Models, Request, Rows, add_data_flags, add_model_flags, answer_all, fail, key_of, lines_of,
+                        number, pair_of, read_conversations, read_gold, read_personas, read_tasks, response_form, run,
+                        sample_pairs, say, score_all, seed_for, stage_parser, start_processes)
 
 # Not in the paper: the released code puts this before the first turn when it samples the response, and leaves it out
 # again when it trains on that response, so that part of its gain is this prompt, distilled. --response-prompt uses it.
@@ -75,18 +74,6 @@ def select_random(log_probs, k, seed):
     return sorted(candidates(log_probs), key=lambda c: (seed_for(seed, c), c))[:k]
 
 
-def permuted(golds, seed):
-    """Another control for line 4: {(task_id, persona_id): gold} with the golds of each task dealt to other personas, by
-    a rotation. The rule is the same, but what it prefers is good for somebody else. None where there is nobody else."""
-    personas = defaultdict(list)
-    for (task_id, persona_id), gold in sorted(golds.items()):
-        if gold is not None:
-            personas[task_id].append(persona_id)
-    other = {task_id: rotation(ids, task_id, seed) for task_id, ids in personas.items()}
-    return {(task_id, persona_id): golds.get((task_id, other.get(task_id, {}).get(persona_id)))
-            for task_id, persona_id in golds}
-
-
 def response_chat(name, task, conversation, prompt=None):
     """Line 5. What Q_{t-1} answers: figure 17's form, after the released code's prompt if there is one."""
     chat = response_form(name, task, conversation)
@@ -97,124 +84,75 @@ def response_chat(name, task, conversation, prompt=None):
 
 def parse_args():
     parser = stage_parser(__doc__, "selected conversations (JSONL)")
-    parser.add_argument("--base", type=local_model, default="mistralai/Mistral-7B-Instruct-v0.2", help="Q_BASE scores")
-    parser.add_argument("--questioner", type=local_model, default="mistralai/Mistral-7B-Instruct-v0.2",
-                        help="Q_{t-1} responds")
-    parser.add_argument("--tasks", default="data/tasks.jsonl", help="tasks (JSONL)")
-    parser.add_argument("--personas", default="runs/personas.jsonl", help="personas (JSONL)")
+    parser.add_argument("--base", default="mistralai/Mistral-7B-Instruct-v0.2", help="Q_BASE scores")
+    parser.add_argument("--questioner", default="mistralai/Mistral-7B-Instruct-v0.2", help="Q_{t-1} responds")
+    add_data_flags(parser)
     parser.add_argument("--gold", default="runs/gold.jsonl", help="gold responses (JSONL)")
     parser.add_argument("--conversations", required=True, help="conversations (JSONL)")
-    parser.add_argument("--k", type=positive, default=1, help="conversations kept for each pair")
-    parser.add_argument("--pick", choices=("best", "random", "permuted"), default="best",
-                        help="controls: random ignores the score; permuted scores with another persona's gold")
+    parser.add_argument("--k", type=number(int, 1), default=1, help="conversations kept for each pair")
+    parser.add_argument("--pick", choices=("best", "random"), default="best", help="random: a control")
     parser.add_argument("--no-response", action="store_true", help="no regularisation response (the no_reg ablation)")
     parser.add_argument("--response-prompt", action="store_true",
                         help="respond under the released code's extra prompt")
-    parser.add_argument("--max-tokens", type=positive, default=700, help="length of a response")
-    parser.add_argument("--score-tokens", type=positive, default=16384, help="tokens in a batch of scores")
-    add_local_flags(parser, batch_size=64)
-    args = parser.parse_args()
-    if args.no_response and args.response_prompt:
-        parser.error("--response-prompt has no meaning with --no-response")
-    return args
-
-
-def read_inputs(args):
-    """tasks, personas, golds, the conversations that can be scored (in canonical order), and what was left out."""
-    tasks, personas, golds = read_tasks(args.tasks), read_personas(args.personas), read_gold(args.gold)
-    golds = permuted(golds, args.seed) if args.pick == "permuted" else golds
-    rows, no_gold, refused = [], set(), 0
-    for row in read_conversations(args.conversations):
-        known(row, tasks, personas, args.conversations)
-        if pair_of(row) not in golds:
-            fail(f"{args.gold}: no gold response for {pair_of(row)}, which {args.conversations} talks about. Run "
-                 "gold.py for that split, with simulate.py's --limit and --seed.")
-        if golds[pair_of(row)] is None:
-            no_gold.add(pair_of(row))
-        elif "refused" in row:
-            refused += 1
-        else:
-            rows.append(row)
-    pairs = set(sample_pairs(sorted(set(map(pair_of, rows))), args.limit, args.seed))
-    rows = sorted((row for row in rows if pair_of(row) in pairs), key=key_of)
-    whose = "another persona's gold response" if args.pick == "permuted" else "a gold response"
-    if no_gold and not rows:
-        fail(f"{args.gold}: no pair has {whose}. Write the golds of more pairs (gold.py with a larger --limit).")
-    left_out = f"{refused} refused conversations, {len(no_gold)} pairs without {whose}"
-    return tasks, personas, golds, rows, left_out
+    parser.add_argument("--max-tokens", type=number(int, 1), default=700, help="length of a response")
+    parser.add_argument("--score-tokens", type=number(int, 1), default=16384, help="tokens in a batch of scores")
+    add_model_flags(parser, batch_size=64)
+    return parser.parse_args()
 
 
 def main():
     args = parse_args()
-    tasks, personas, golds, rows, left_out = read_inputs(args)
-    processes = start_processes(args.base, args.questioner)
-    scoring = {"stage": "select, scores", "base": model_name(args.base), "dtype": args.dtype}
-    columns = "task_id", "persona_id", "sample"
-    scores = Rows(args.output.removesuffix(".jsonl") + ".scores.jsonl", columns, scoring, processes)
-    output = Rows(args.output, columns, {
-        **scoring, "stage": "select", "questioner": model_name(args.questioner), "k": args.k, "pick": args.pick,
-        "response": not args.no_response, "max_tokens": args.max_tokens, "seed": args.seed,
-        "response_prompt": PERSONALISATION_PROMPT if args.response_prompt else None}, processes)
+    tasks, personas, golds = read_tasks(args.tasks), read_personas(args.personas), read_gold(args.gold)
+    everything = read_conversations(args.conversations, tasks, personas)
+    pairs = set(sample_pairs(sorted(set(map(pair_of, everything))), args.limit, args.seed))
+    rows = [row for row in everything if "refused" not in row and pair_of(row) in pairs and golds.get(pair_of(row))]
+    if not rows or not pairs <= set(golds):
+        fail(f"{args.gold}: no gold response for {min(pairs - set(golds), default='any pair')}, which "
+             f"{args.conversations} talks about. Run gold.py for that split, with simulate.py's --limit and --seed.")
+    processes = start_processes()
+    models, columns = Models(args, processes), ("task_id", "persona_id", "sample")
+    scores = Rows(args, args.output.removesuffix(".jsonl") + ".scores.jsonl", columns, processes)
+    prompt = PERSONALISATION_PROMPT if args.response_prompt else None
+    output = Rows(args, args.output, columns, processes, prompt=prompt)
 
     def form(row):
         return personas[row["persona_id"]]["name"], tasks[row["task_id"]]["task"], row["conversation"]
 
-    # Line 4: log p_QBASE(g | t, s), for every conversation.
-    def scored_chat(i):
-        return gold_chat(*form(rows[i]), golds[pair_of(rows[i])])
-
-    keys, base = [key_of(row) for row in rows], None
-    done = scores.plan(keys, [digest(scored_chat(i)) for i in range(len(rows))], "gold log-probabilities")
-    if len(done) < len(keys):
-        base = open_model(args.base, args, processes)
-        # No room for a response is found out before the scores.
-        score_rows(scores, scored_chat, base, args, done, answer=0 if args.no_response else args.max_tokens)
-    scores.finish()
-
-    log_probs, wanted = defaultdict(dict), set(keys)            # pair -> {sample: log p(gold)}
-    for score in scores.read():
-        if key_of(score) in wanted:
-            log_probs[pair_of(score)][score["sample"]] = score["log_prob"]
+    # Line 4: log p_QBASE(g | t, s) of every conversation; the best of each pair.
+    score_all(scores, {key_of(row): lambda row=row: gold_chat(*form(row), golds[pair_of(row)]) for row in rows}, models,
+              args.base)
+    log_probs = defaultdict(dict)                               # pair -> {sample: log p(gold)}
+    for row in rows:
+        log_probs[pair_of(row)][row["sample"]] = scores[key_of(row)]["log_prob"]
     keep = {pair: select_random(c, args.k, seed_for(args.seed, "pick", *pair)) if args.pick == "random" else
             select_best(c, args.k) for pair, c in log_probs.items()}
-    chosen = [{**row, "gold_log_prob": log_probs[pair_of(row)][row["sample"]], "response": None}
-              for row in rows if row["sample"] in keep[pair_of(row)]]
-    strangers = {key for key in output.done if key[:2] in keep} - {key_of(row) for row in chosen}
-    if strangers:
-        fail(f"{args.output} holds conversations that are not selected now, such as {min(strangers)}: the rule or the "
-             "scores have changed. Give another --output.")
+    chosen = {key_of(row): {**row, "gold_log_prob": log_probs[pair_of(row)][row["sample"]], "response": None}
+              for row in rows if row["sample"] in keep[pair_of(row)]}
+    if not chosen:
+        fail(f"{args.conversations}: no finite log-probability of a gold response. Look at the model --base.")
+    if any(key not in chosen for key in output if key[:2] in keep):
+        fail(f"{args.output}: has conversations that are not selected now: the scores have changed. Give another one.")
 
     # Line 5: r <- Q_{t-1}(t, s*), greedily.
-    prompt = PERSONALISATION_PROMPT if args.response_prompt else None
-    requests = [Request(response_chat(*form(row), prompt)) for row in chosen]
-    inputs = [digest(request.chat, row["gold_log_prob"]) for request, row in zip(requests, chosen)]
-    done = output.plan([key_of(row) for row in chosen], inputs, "responses")
     if args.no_response:
-        for i in range(len(chosen)) if processes.is_main_process else ():
-            output.save(i, chosen[i])
-    elif len(done) < len(chosen):
-        if args.questioner != args.base:
-            base = None                                         # frees Q_BASE before Q_{t-1} is loaded
-        questioner = base or open_model(args.questioner, args, processes)
-        for i, reply in questioner.generate(requests, 0.0, 1.0, args.max_tokens, done, processes):
-            output.save(i, {**chosen[i], "response": reply.text, **({"cut_response": True} if reply.cut else {})})
-    output.finish()
-
-    if chosen:
-        row = next(output.read())
-        others = ", ".join(f"{p:.2f}" for p in sorted(filter(None, log_probs[pair_of(row)].values())))
-        say(processes, "\n" + "\n".join([
-            tasks[row["task_id"]]["task"], *(f"{turn['role']}: {turn['content']}" for turn in row["conversation"]),
-            f"response: {row['response']}", f"log p(gold) = {row['gold_log_prob']:.2f}, chosen from {others}"]) + "\n")
-    total, cut, _ = output.tally("cut_response")
-    empty = sum(row["response"] == "" for row in output.read())
-    scored = [p for c in log_probs.values() for p in c.values() if p is not None]
-    kept = [row["gold_log_prob"] for row in chosen]
-    say(processes, f"{args.output}: {total} conversations kept, mean log p(gold) {sum(kept) / max(1, len(kept)):.2f} "
-                   f"of {sum(scored) / max(1, len(scored)):.2f} over all {len(rows)}; left out: {left_out}, "
-                   f"{len(rows) - len(scored)} scores not finite; {cut} responses cut at {args.max_tokens} "
-                   f"tokens, {empty} empty")
+        for key in chosen if processes.is_main_process else ():
+            if key not in output:
+                output.add(chosen[key])
+        output.finish()
+    else:
+        answer_all(output, {key: Request(response_chat(*form(row), prompt)) for key, row in chosen.items()}, models,
+                   args.questioner, (0.0, 1.0, args.max_tokens), "responses",
+                   lambda key, reply: {**chosen[key], "response": reply.text})
+    finite = [scores[key_of(row)]["log_prob"] for row in rows if scores[key_of(row)]["log_prob"] is not None]
+    kept = [row["gold_log_prob"] for row in chosen.values()]
+    row = output[min(chosen)]
+    others = ", ".join(f"{p:.2f}" for p in sorted(p for p in log_probs[pair_of(row)].values() if p is not None))
+    say(processes, "", tasks[row["task_id"]]["task"], *lines_of(row["conversation"]),
+        f"response: {row['response']}", f"log p(gold) = {row['gold_log_prob']:.2f}, chosen from {others}", "",
+        f"{output.summary()}; mean log p(gold) {sum(kept) / len(kept):.2f} of {sum(finite) / len(finite):.2f} over all "
+        f"{len(rows)}; left out: {len(everything) - len(rows)} conversations (refused, or without a gold response), "
+        f"{len(rows) - len(finite)} scores not finite")
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

@@ -22,10 +22,8 @@ The paper's scale, 250 x 50 x 10 = 125,000 conversations (and the Roleplayer on 
 """
 from collections import Counter
 
-from common import (LocalModel, Request, Rows, add_local_flags, add_server_flags, advance, all_pairs, announce, digest,
-                    fail, fraction, group_size, key_of, letters, local_model, model_name, open_model, pair_of, positive,
-                    progress, prompt_ids, read_personas, read_tasks, say, seed_for, spent, stage_parser,
-                    start_processes, temperature)
+from common import (Request, Rows, add_data_flags, add_model_flags, all_pairs, announce, key_of, lines_of, number,
+                    open_model, read_personas, read_tasks, run, save_all, say, seed_for, stage_parser, start_processes)
 
 ELICITATION_PROMPT = (
     "A user named {name} has approached you with a request for help. The user's preferences, background and "
@@ -82,9 +80,9 @@ def number_of_turns(task_id, persona_id, K, seed):
     return 1 + seed_for(seed, "turns", task_id, persona_id) % K
 
 
-def questioner_chat(prompt, name, task, conversation):
+def questioner_chat(name, task, conversation):
     """What the Questioner sees: the elicitation prompt, then its questions and the user's answers as plain turns."""
-    return [{"role": "user", "content": prompt.format(name=name, task=task)}, *conversation]
+    return [{"role": "user", "content": ELICITATION_PROMPT.format(name=name, task=task)}, *conversation]
 
 
 def roleplayer_chat(persona, task, conversation):
@@ -115,122 +113,70 @@ def simulate(rows, ask, answer):
                     alive[i]["cut"] += reply.cut
 
 
-def read_prompt(path):
-    """The elicitation prompt of a file; it must have {task}, may have {name}, and no other braces."""
-    try:
-        prompt = open(path, encoding="utf-8").read().strip()
-        filled = prompt.format(name="", task="\0")
-    except OSError as error:
-        fail(f"{path}: {error.strerror}. Give a text file with the elicitation prompt.")
-    except (ValueError, KeyError, IndexError, AttributeError) as error:
-        fail(f"{path}: cannot be filled in ({type(error).__name__}: {error}). It is UTF-8 text with {{name}} and "
-             "{task}; other braces are written twice.")
-    return prompt if "\0" in filled else fail(f"{path}: no {{task}} in it: the Questioner would not know the task.")
-
-
 def parse_args():
     parser = stage_parser(__doc__, "conversations (JSONL)")
-    parser.add_argument("--questioner", type=local_model, default="mistralai/Mistral-7B-Instruct-v0.2",
-                        help="Q_{t-1} asks")
+    parser.add_argument("--questioner", default="mistralai/Mistral-7B-Instruct-v0.2", help="Q_{t-1} asks")
     parser.add_argument("--roleplayer", default="mistralai/Mixtral-8x7B-Instruct-v0.1", help="plays the user")
-    parser.add_argument("--tasks", default="data/tasks.jsonl", help="tasks (JSONL)")
-    parser.add_argument("--personas", default="runs/personas.jsonl", help="personas (JSONL)")
+    add_data_flags(parser)
     parser.add_argument("--split", default="A", help="A, B, A for iterations 1, 2, 3; test to evaluate")
-    parser.add_argument("--samples", type=positive, default=10, metavar="n", help="conversations for each pair")
-    parser.add_argument("--max-turns", type=positive, default=3, metavar="K", help="most questions in a conversation")
-    parser.add_argument("--elicitation-prompt", metavar="FILE", help="another one than figure 14's; {name}, {task}")
-    parser.add_argument("--temperature", type=temperature, default=0.9, help="of the Questioner")
-    parser.add_argument("--top-p", type=fraction, default=0.9, help="of the Questioner, and of a sampling Roleplayer")
-    parser.add_argument("--roleplayer-temperature", type=temperature, default=0.0, help="0: greedy")
-    parser.add_argument("--max-tokens", type=positive, default=700, help="length of a question, and of an answer")
-    add_local_flags(parser, batch_size=160)
-    add_server_flags(parser)
+    parser.add_argument("--samples", type=number(int, 1), default=10, metavar="n", help="conversations for each pair")
+    parser.add_argument("--max-turns", type=number(int, 1), default=3, metavar="K", help="most questions in one")
+    parser.add_argument("--temperature", type=number(float, 0), default=0.9, help="of the Questioner")
+    parser.add_argument("--top-p", type=number(float, 0.01, 1), default=0.9, help="of the nucleus, for both")
+    parser.add_argument("--roleplayer-temperature", type=number(float, 0), default=0.0, help="0: greedy")
+    parser.add_argument("--max-tokens", type=number(int, 1), default=700, help="length of a question, and of an answer")
+    add_model_flags(parser, batch_size=160)
     return parser.parse_args()
 
 
 def main():
     args = parse_args()
-    prompt = read_prompt(args.elicitation_prompt) if args.elicitation_prompt else ELICITATION_PROMPT
-    tasks, personas = read_tasks(args.tasks), read_personas(args.personas)
-    pairs = all_pairs(tasks, personas, args.split, args.limit, args.seed)
-    processes = start_processes(args.questioner, args.roleplayer)
-    output = Rows(args.output, ("task_id", "persona_id", "sample"), {
-        "stage": "simulate", "questioner": model_name(args.questioner), "roleplayer": model_name(args.roleplayer),
-        "elicitation_prompt": prompt, "roleplayer_system_prompt": ROLEPLAYER_SYSTEM_PROMPT,
-        "roleplayer_prompt": ROLEPLAYER_PROMPT, "n": args.samples, "K": args.max_turns,
-        "temperature": args.temperature, "top_p": args.top_p,
-        "roleplayer_temperature": args.roleplayer_temperature, "max_tokens": args.max_tokens, "dtype": args.dtype,
-        "system": args.system, "extra": args.extra, "seed": args.seed}, processes, args.max_refused)
-
+    tasks, personas, processes = read_tasks(args.tasks), read_personas(args.personas), start_processes()
+    output = Rows(args, args.output, ("task_id", "persona_id", "sample"), processes,
+                  prompts=[ELICITATION_PROMPT, ROLEPLAYER_SYSTEM_PROMPT, ROLEPLAYER_PROMPT])
     rows = [{"task_id": task["task_id"], "persona_id": persona["persona_id"], "sample": sample, "split": args.split,
              "turns": number_of_turns(task["task_id"], persona["persona_id"], args.max_turns, args.seed),
-             "conversation": [], "cut": 0, "usage": Counter(),
-             "inputs": digest(task["task"], persona["name"], persona["persona"])}
-            for task, persona in pairs for sample in range(args.samples)]
-    output.check([key_of(row) for row in rows], [row["inputs"] for row in rows])
+             "conversation": [], "cut": 0, "usage": Counter()}
+            for task, persona in all_pairs(tasks, personas, args.split, args.limit, args.seed)
+            for sample in range(args.samples)]
     rows.sort(key=lambda row: row["turns"])                     # stable; the rows of a block stay alive equally long
-    # A block goes turn by turn, and is saved as a whole; a pair's n samples share it, and a prefill.
-    size = max(1, group_size(len(rows), args.batch_size) // args.samples) * args.samples
+    # A block goes turn by turn, and is saved as a whole. A pair's n samples share it, and the beginning of a prompt.
+    size = max(1, args.batch_size // args.samples) * args.samples
     blocks = [rows[i:i + size] for i in range(0, len(rows), size)]
     todo = [block for block in blocks if not all(key_of(row) in output for row in block)]
 
-    def seen_by_questioner(row):
-        return questioner_chat(prompt, personas[row["persona_id"]]["name"], tasks[row["task_id"]]["task"],
-                               row["conversation"])
+    def ask(alive, turn):
+        requests = [Request(questioner_chat(personas[row["persona_id"]]["name"], tasks[row["task_id"]]["task"],
+                                            row["conversation"]), seed_for(args.seed, "ask", *key_of(row), turn))
+                    for row in alive]
+        return questioner.generate(requests, args.temperature, args.top_p, args.max_tokens)
 
-    def seen_by_roleplayer(row):
+    def seen_by_user(row):
         return roleplayer_chat(personas[row["persona_id"]]["persona"], tasks[row["task_id"]]["task"],
                                row["conversation"])
 
-    # A prompt holds all turns before it, each of at most --max-tokens, of four characters.
-    first = {pair_of(row): letters(seen_by_roleplayer(row)) for block in todo for row in block}
-    announce(processes, args, args.roleplayer, [
-        first[pair_of(row)] + (2 * turn + 1) * args.max_tokens * 4
-        for block in todo for row in block for turn in range(row["turns"])], args.max_tokens, [output])
+    def answer(alive, turn):
+        requests = [Request(seen_by_user(row), seed_for(args.seed, "answer", *key_of(row), turn)) for row in alive]
+        return roleplayer.generate(requests, args.roleplayer_temperature, args.top_p, args.max_tokens)
 
-    def open_models():
+    prompts = [seen_by_user(row) for block in todo for row in block for turn in range(row["turns"])]
+    for spec in (args.questioner, args.roleplayer):             # (the prompts without what will have been said before)
+        announce(output, spec, prompts, args.max_tokens)
+    if todo:
         questioner = open_model(args.questioner, args, processes)
         roleplayer = questioner if args.roleplayer == args.questioner else open_model(args.roleplayer, args, processes)
-        # A context that is too short is found out now, not in the third turn: the last prompts of the longest pairs.
-        pairs_todo = [row for block in todo for row in block[::args.samples]]
-        for model, seen, ahead in ((questioner, seen_by_questioner, 2), (roleplayer, seen_by_roleplayer, 1)):
-            for turns in {row["turns"] for row in pairs_todo} if isinstance(model, LocalModel) else ():
-                said = [{"role": ("assistant", "user")[i % 2], "content": "?"} for i in range(2 * turns - ahead)]
-                last = sorted((seen({**row, "conversation": said}) for row in pairs_todo if row["turns"] == turns),
-                              key=letters)[-100:]
-                longest = max(len(prompt_ids(model.tokenizer, chat)) for chat in last)
-                model.fits(longest + (len(said) + 1) * args.max_tokens)
+    index = {key_of(row): i for i, row in enumerate(rows)}
 
-        def ask(alive, turn):
-            requests = [Request(seen_by_questioner(row), seed_for(args.seed, "ask", *key_of(row), turn))
-                        for row in alive]
-            return questioner.generate(requests, args.temperature, args.top_p, args.max_tokens, block=True)
+    def simulated():
+        for block in todo[processes.process_index::processes.num_processes]:
+            simulate(block, ask, answer)
+            for row in block:
+                yield index[key_of(row)], {name: row[name] for name in row if row[name] or name not in ("cut", "usage")}
 
-        def answer(alive, turn):
-            requests = [Request(seen_by_roleplayer(row), seed_for(args.seed, "answer", *key_of(row), turn))
-                        for row in alive]
-            return roleplayer.generate(requests, args.roleplayer_temperature, args.top_p, args.max_tokens, block=True)
-        return ask, answer
-
-    speakers = open_models() if todo else None
-    bar = progress(len(rows), "conversations", processes, done=len(rows) - sum(map(len, todo)))
-    for number, block in enumerate(todo[processes.process_index::processes.num_processes]):
-        simulate(block, *speakers)
-        output.add({name: value for name, value in row.items() if value or name not in ("cut", "usage")}
-                   for row in block)
-        advance(bar, len(block), processes)
-        if number == 0:
-            lines = [f"{turn['role']}: {turn['content']}" for turn in block[0]["conversation"]]
-            say(processes, "\n" + "\n".join([tasks[block[0]["task_id"]]["task"], *lines]) + "\n")
-        for row in block:
-            row["conversation"] = None                          # it is on disk; 125,000 would not be small in memory
-    bar.close()
-    output.finish()
-    total, refused, cut, usage = output.tally("refused", "cut")
-    say(processes, f"{args.output}: {total} conversations, {refused} refused, {cut} with a turn cut at "
-                   f"{args.max_tokens} tokens; {sum(map(len, todo))} simulated now{spent(args, usage)}")
-    output.limit_refusals()
+    save_all(output, list(index), simulated(), "conversations")
+    row = output[key_of(rows[0])]
+    say(processes, "", tasks[row["task_id"]]["task"], *lines_of(row.get("conversation", [])), "", output.summary())
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

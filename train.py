@@ -22,20 +22,17 @@ import json
 import math
 import os
 import shutil
-from bisect import bisect_left
+import subprocess
 from collections import defaultdict
 from contextlib import nullcontext
-from pathlib import Path
 
-from common import (add_dtype_flag, claim, digest, fail, known, lasting_imports, load_model, load_tokenizer,
-                    local_model, model_name, not_negative, pair_of, positive, progress, read_conversations, read_gold,
-                    read_personas, read_tasks, response_form, sample_pairs, say, stage_parser, start_processes,
-                    training_examples, writing)
+import numpy as np
+import torch
+import torch.nn.functional as F
 
-import numpy as np  # noqa: E402  (after common: Ctrl-C while torch loads is one line)
-with lasting_imports():
-    import torch
-    import torch.nn.functional as F
+from common import (add_data_flags, fail, load_model, load_tokenizer, number, pair_of, read_conversations, read_gold,
+                    read_personas, read_tasks, response_form, run, sample_pairs, say, settings_of, stage_parser,
+                    start_processes, take_output, tqdm, training_examples)
 
 
 def example_chat(name, task, conversation, response=None):
@@ -54,32 +51,6 @@ def collate(examples, pad, device=None):
     return torch.tensor(ids, device=device), torch.tensor(labels, device=device)
 
 
-def cross_entropy(logits, targets):
-    """Sum over the rows with a target of -log softmax(logits)[target], a scalar. logits: (N, V), targets: (N,)."""
-    return F.cross_entropy(logits.float(), targets, ignore_index=-100, reduction="sum")
-
-
-class LeanCrossEntropy(torch.autograd.Function):
-    """`cross_entropy` in a third of the memory: autograd would hold three tensors as large as the logits (the
-    log-probabilities and two gradients). This one goes through a few rows at a time, and writes their gradient over
-    them."""
-
-    @staticmethod
-    def forward(ctx, logits, targets):
-        ctx.save_for_backward(logits, targets)
-        return sum(cross_entropy(*rows) for rows in zip(logits.split(256), targets.split(256)))
-
-    @staticmethod
-    def backward(ctx, gradient):
-        logits, targets = ctx.saved_tensors
-        for rows, target in zip(logits.split(256), targets.split(256)):
-            with torch.enable_grad():
-                own = rows.detach().requires_grad_()
-                loss = cross_entropy(own, target)
-            rows.copy_(torch.autograd.grad(loss, own, gradient)[0])
-        return logits, None
-
-
 def sum_loss(model, ids, labels):
     """Sum over the supervised tokens of -log p(token | all before it), a scalar. ids, labels: (B, T).
 
@@ -89,150 +60,120 @@ def sum_loss(model, ids, labels):
     columns = (targets != -100).any(0).nonzero()[:, 0]          # (C,)
     columns = columns if len(columns) else columns.new_zeros(1)
     logits = model(input_ids=ids, logits_to_keep=columns, use_cache=False).logits                       # (B, C, V)
-    return LeanCrossEntropy.apply(logits.flatten(0, 1), targets[:, columns].flatten())  # -sum log p_Q(token | before)
+    return F.cross_entropy(logits.flatten(0, 1).float(), targets[:, columns].flatten(),     # -sum log p_Q(token | past)
+                           ignore_index=-100, reduction="sum")
 
 
-def epoch_batches(lengths, batch_size, generator):
-    """One epoch: random batches of indices; inside a batch examples are sorted by length, so that the micro-batches cut
-    from it need little padding, while every batch remains a fair sample."""
-    order = generator.permutation(len(lengths)).tolist()
-    return [sorted(order[i:i + batch_size], key=lambda j: lengths[j]) for i in range(0, len(order), batch_size)]
+def mean_loss(accelerator, model, batch, micro_batch_size, pad, learn=False):
+    """Mean loss of a supervised token of a batch, in nats; to `learn`, with its gradient. batch: [(ids, labels)], the
+    same on all processes, which share it out.
 
-
-def micro_batches(batch, lengths, count):
-    """A batch of indices, sorted by length, as `count` runs, some of which may be empty. The largest has as few tokens
-    as can be (rows x longest, with padding), so that none needs much more memory or time than the others."""
-    def runs(budget):
-        cut = [[]]
-        for i in batch:                                         # each is the longest of its run so far
-            if cut[-1] and (len(cut[-1]) + 1) * lengths[i] > budget:
-                cut.append([])
-            cut[-1].append(i)
-        return cut
-    longest = max((lengths[i] for i in batch), default=0)
-    budgets = range(longest, longest * len(batch) + 1)          # bisection: the smallest one that `count` runs keep to
-    cut = runs(budgets[bisect_left(budgets, True, key=lambda budget: len(runs(budget)) <= count)])
-    return cut + [[]] * (count - len(cut))
-
-
-def step(accelerator, model, optimizer, runs, supervised, pad, clip):
-    """One step of the optimizer: (mean loss of a supervised token in nats, norm of the gradient before clipping).
-
-    runs: this process's micro-batches [(ids, labels)]; supervised: the number of supervised tokens in the whole batch,
-    on all processes. The loss of a step is the sum over the batch's supervised tokens, divided by their number. (A mean
-    of micro-batch means would weigh the tokens of short conversations more.)
+    It is the sum over the batch's supervised tokens, divided by their number: a mean of micro-batch means would weigh
+    the tokens of short conversations more. Sorted by length, micro-batches need little padding.
     """
+    world = accelerator.num_processes
+    supervised = sum(label != -100 for _, labels in batch for label in labels[1:])      # a first one has no past
+    batch = sorted(batch, key=lambda example: len(example[0]))
+    count = world * math.ceil(len(batch) / (micro_batch_size * world))
+    runs = [batch[len(batch) * i // count:len(batch) * (i + 1) // count] for i in range(count)]
+    runs = runs[accelerator.process_index::world]
     total = torch.zeros((), dtype=torch.float64, device=accelerator.device)
-    for number, run in enumerate(runs):
-        with accelerator.no_sync(model) if number < len(runs) - 1 else nullcontext():
-            loss = sum_loss(model, *collate(run, pad, accelerator.device))
-            accelerator.backward(loss * accelerator.num_processes / supervised)     # DDP and FSDP average over them
+    for i, examples in enumerate(runs):
+        examples = examples or [(batch[0][0][:2], [-100, -100])]    # all processes go backward together: a loss of 0
+        with accelerator.no_sync(model) if i < len(runs) - 1 else nullcontext(), torch.set_grad_enabled(learn):
+            loss = sum_loss(model, *collate(examples, pad, accelerator.device))
+            if learn:
+                accelerator.backward(loss * world / supervised)     # DDP and FSDP average over the processes
         total += loss.detach()
-    norm = accelerator.clip_grad_norm_(model.parameters(), clip)
-    optimizer.step()
-    optimizer.zero_grad()
-    return (accelerator.reduce(total).item() / supervised,
-            float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm))    # FSDP2 returns a DTensor
-
-
-def count_supervised(examples):
-    """How many tokens of some examples are learned from; the first one has nothing before it."""
-    return sum(label != -100 for _, labels in examples for label in labels[1:])
-
-
-def parse_args():
-    parser = stage_parser(__doc__, "model folder", "train on the conversations of a seeded sample of N pairs")
-    parser.add_argument("--base", type=local_model, default="mistralai/Mistral-7B-Instruct-v0.2",
-                        help="Q_BASE, loaded anew every time")
-    parser.add_argument("--selected", required=True, help="selected conversations (JSONL)")
-    parser.add_argument("--tasks", default="data/tasks.jsonl", help="tasks (JSONL)")
-    parser.add_argument("--personas", default="runs/personas.jsonl", help="personas (JSONL)")
-    parser.add_argument("--gold", default="runs/gold.jsonl", help="gold responses (JSONL), read for --target gold")
-    parser.add_argument("--target", choices=("response", "none", "gold"), default="response",
-                        help="what follows a conversation: the method, the ablation w/o regularisation, w/ gold")
-    parser.add_argument("--lr", type=not_negative, default=2e-5, help="peak; cosine to 0")
-    parser.add_argument("--warmup", type=not_negative, default=0.1, help="share of the steps")
-    parser.add_argument("--epochs", type=positive, default=1, help="passes over the examples")
-    parser.add_argument("--batch-size", type=positive, default=64, help="examples in a step, on all devices together")
-    parser.add_argument("--micro-batch-size", type=positive, default=4,
-                        help="examples on a device at a time, on average: fewer long ones, more short ones")
-    parser.add_argument("--max-length", type=positive, default=2048,
-                        help="tokens; a longer example is dropped and counted, never cut (the release cut at 1024)")
-    parser.add_argument("--validation", type=not_negative, default=0.05, help="share of the examples held out")
-    parser.add_argument("--clip", type=not_negative, default=1.0, help="largest norm of the gradient")
-    parser.add_argument("--gradient-checkpointing", action="store_true", help="less memory, a third more time")
-    add_dtype_flag(parser)
-    args = parser.parse_args()
-    if args.validation >= 1 or args.warmup > 1 or args.clip == 0:
-        parser.error("--validation must be below 1, --warmup at most 1, and --clip above 0")
-    return args
+    return accelerator.reduce(total).item() / supervised
 
 
 def read_examples(args, tokenizer):
     """[(ids, labels)] of all usable selected rows, by pair: {(task_id, persona_id): examples}; what was left out."""
     tasks, personas = read_tasks(args.tasks), read_personas(args.personas)
     golds = read_gold(args.gold) if args.target == "gold" else {}
-    rows = list(read_conversations(args.selected, gold_log_prob=(int, float), response=(str, type(None))))
+    rows = read_conversations(args.selected, tasks, personas, gold_log_prob=(int, float), response=(str, type(None)))
     pairs = set(sample_pairs(sorted(set(map(pair_of, rows))), args.limit, args.seed))
     examples, refused, too_long = defaultdict(list), 0, 0
-    for row in rows:
+    for row in (row for row in rows if pair_of(row) in pairs):
         pair = pair_of(row)
-        task, persona = known(row, tasks, personas, args.selected)
         target = {"response": row.get("response"), "none": None, "gold": golds.get(pair)}[args.target]
-        if pair not in pairs:
-            continue
-        if "refused" in row or (args.target == "gold" and pair in golds and target is None):
+        if "refused" in row or target is None and pair in golds:
             refused += 1
         elif target is None and args.target != "none":
             fail(f"{args.selected if args.target == 'response' else args.gold}: no {args.target} for {pair}. Run "
                  "select.py without --no-response, or gold.py for that split.")
         else:
-            chat = example_chat(persona["name"], task["task"], row["conversation"], target)
+            chat = example_chat(personas[pair[1]]["name"], tasks[pair[0]]["task"], row["conversation"], target)
             for example in training_examples(tokenizer, chat):
                 if len(example[0]) <= args.max_length:
                     examples[pair].append(example)
                 else:
                     too_long += 1
-    if not examples:
-        fail(f"{args.selected}: no example to train on ({refused} refused, {too_long} above --max-length tokens). "
-             "Select conversations first, or raise --max-length.")
-    return examples, f"{refused} refused, {too_long} longer than {args.max_length} tokens dropped"
+    left_out = f"{refused} refused, {too_long} longer than {args.max_length} tokens dropped"
+    return (examples, left_out) if examples else fail(f"{args.selected}: no example to train on ({left_out}).")
+
+
+def model_card(args, settings, data, outcome):
+    """README.md of a trained folder: what it is, and what it was made from."""
+    commit = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=os.path.dirname(os.path.abspath(__file__)),
+                            capture_output=True, text=True).stdout.strip() or "unknown"
+    return (f"---\nbase_model: {args.base}\nlibrary_name: transformers\ntags: [star-gate]\n---\n"
+            f"A Questioner: `{args.base}`, fine-tuned by STaR-GATE's `train.py` to ask a user before it answers.\n\n"
+            f"- Data: {data}\n- Outcome: {outcome}\n- Code: commit {commit}\n\n"
+            f"```json\n{json.dumps(settings, indent=1, ensure_ascii=False)}\n```\n")
+
+
+def parse_args():
+    parser = stage_parser(__doc__, "model folder", "train on the conversations of a seeded sample of N pairs")
+    parser.add_argument("--base", default="mistralai/Mistral-7B-Instruct-v0.2",
+                        help="Q_BASE, loaded anew every time")
+    parser.add_argument("--selected", required=True, help="selected conversations (JSONL)")
+    add_data_flags(parser)
+    parser.add_argument("--gold", default="runs/gold.jsonl", help="gold responses (JSONL), read for --target gold")
+    parser.add_argument("--target", choices=("response", "none", "gold"), default="response",
+                        help="what follows a conversation: the method, the ablation w/o regularisation, w/ gold")
+    parser.add_argument("--lr", type=number(float, 0), default=2e-5, help="peak; cosine to 0")
+    parser.add_argument("--warmup", type=number(float, 0, 1), default=0.1, help="share of the steps")
+    parser.add_argument("--epochs", type=number(int, 1), default=1, help="passes over the examples")
+    parser.add_argument("--batch-size", type=number(int, 1), default=64, help="examples in a step, on all devices")
+    parser.add_argument("--micro-batch-size", type=number(int, 1), default=4, help="examples on a device at a time")
+    parser.add_argument("--max-length", type=number(int, 1), default=2048,
+                        help="tokens; a longer example is dropped and counted, never cut (the release cut at 1024)")
+    parser.add_argument("--validation", type=number(float, 0, 0.99), default=0.05, help="share of the pairs held out")
+    parser.add_argument("--clip", type=number(float, 1e-6), default=1.0, help="largest norm of the gradient")
+    parser.add_argument("--gradient-checkpointing", action="store_true", help="less memory, a third more time")
+    parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="of the weights")
+    return parser.parse_args()
 
 
 def main():
     args = parse_args()
     from transformers import get_cosine_schedule_with_warmup, set_seed
-    processes = accelerator = start_processes(args.base)
-    tokenizer = load_tokenizer(args.base)
+    accelerator, tokenizer = start_processes(), load_tokenizer(args.base)
     examples, left_out = read_examples(args, tokenizer)
-    settings = {"stage": "train", "base": model_name(args.base), "target": args.target, "lr": args.lr,
-                "warmup": args.warmup, "epochs": args.epochs, "batch_size": args.batch_size, "clip": args.clip,
-                "max_length": args.max_length, "validation": args.validation, "dtype": args.dtype, "seed": args.seed,
-                # More rows make another model, not more of the same: so the examples themselves are a setting.
-                "examples": f"{sum(map(len, examples.values()))}, {digest(sorted(examples.items()))}"}
-    claimed = claim(args.output, settings) if processes.is_main_process else None
-    processes.wait_for_everyone()
-    if Path(args.output).exists():
-        return say(processes, f"{args.output}: trained already, with these settings")
+    # Here these two are settings: more rows make another model, not more of the same.
+    settings = settings_of(args, limit=args.limit, batch_size=args.batch_size)
+    lock = take_output(args.output, settings) if accelerator.is_main_process else None     # noqa: F841 (kept open)
+    accelerator.wait_for_everyone()
+    if os.path.exists(args.output):
+        return say(accelerator, f"{args.output}: trained already, with these settings")
 
     set_seed(args.seed)
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-    generator = np.random.default_rng(args.seed)
+    generator, pad = np.random.default_rng(args.seed), tokenizer.pad_token_id
+    pad = tokenizer.eos_token_id if pad is None else pad
     pairs = generator.permutation(sorted(examples)).tolist()    # whole pairs are held out
     held_out = min(math.ceil(args.validation * len(pairs)), len(pairs) - 1)
-    validation = sorted((example for pair in pairs[:held_out] for example in examples[tuple(pair)]),
-                        key=lambda example: len(example[0]))
-    examples = [example for pair in pairs[held_out:] for example in examples[tuple(pair)]]
-
-    world = accelerator.num_processes
-    accumulation = math.ceil(args.batch_size / (args.micro_batch_size * world))
-    epochs = [epoch_batches([len(ids) for ids, _ in examples], args.batch_size, generator) for _ in range(args.epochs)]
-    batches = [batch for epoch in epochs for batch in epoch]
-    micro = math.ceil(args.batch_size / (accumulation * world))
-    say(processes, f"{len(examples)} examples + {len(validation)} held out ({left_out}); batch {args.batch_size} = "
-                   f"{micro} x accumulation {accumulation} x {world} processes; {len(batches)} steps")
-    say(processes, "Supervised, in the first example:",
-        json.dumps(tokenizer.decode([label for label in examples[0][1] if label != -100]), ensure_ascii=False))
+    validation = [example for pair in pairs[:held_out] for example in examples[tuple(pair)]]
+    training = [example for pair in pairs[held_out:] for example in examples[tuple(pair)]]
+    batches = []                                                # random ones: every batch is a fair sample
+    for epoch in range(args.epochs):
+        order = generator.permutation(len(training)).tolist()
+        batches += [order[i:i + args.batch_size] for i in range(0, len(order), args.batch_size)]
+    data = (f"{len(training)} examples + {len(validation)} held out ({left_out}); {len(batches)} steps of "
+            f"{args.batch_size}, on {accelerator.num_processes} processes {args.micro_batch_size} at a time")
+    say(accelerator, data, "Supervised, in the first example: " + json.dumps(tokenizer.decode(
+        [label for label in training[0][1] if label != -100]), ensure_ascii=False))
 
     model = load_model(args.base, args.dtype)                   # Q_BASE, not Q_{t-1}
     if args.gradient_checkpointing:
@@ -243,62 +184,38 @@ def main():
     warmup = min(math.ceil(args.warmup * len(batches)), len(batches) - 1)
     schedule = get_cosine_schedule_with_warmup(optimizer, warmup, len(batches))
 
-    nothing = examples[0][0][:2], [-100, -100]                  # all processes must go backward together: a loss of 0
-
-    def dealt(pool, indices, count):
-        """This process's share of `count` micro-batches: lists of examples."""
-        lengths = {i: len(pool[i][0]) for i in indices}
-        runs = micro_batches(indices, lengths, count)[accelerator.process_index::world]
-        return [[pool[i] for i in run] or [nothing] for run in runs]
-
     def validation_loss():
-        """Mean loss of a supervised token, in nats; the examples are dealt to the processes. NaN without examples."""
         model.eval()
-        total = torch.zeros(2, dtype=torch.float64, device=accelerator.device)
-        with torch.no_grad():
-            count = world * max(1, math.ceil(len(validation) / (args.micro_batch_size * world)))
-            for run in dealt(validation, range(len(validation)), count) if validation else []:
-                loss = sum_loss(model, *collate(run, pad, accelerator.device))
-                total += torch.tensor([loss.item(), count_supervised(run)], device=accelerator.device)
-        model.train()
-        total = accelerator.reduce(total)
-        return (total[0] / total[1]).item() if validation else float("nan")
+        return mean_loss(accelerator, model, validation, args.micro_batch_size, pad) if validation else None
 
-    before, losses, norms = validation_loss(), [], []
-    bar = progress(len(batches), "steps", processes)
+    before, losses = validation_loss(), []
     model.train()
-    for batch in batches:
-        loss, norm = step(accelerator, model, optimizer, dealt(examples, batch, accumulation * world),
-                          count_supervised(examples[i] for i in batch), pad, args.clip)
+    for batch in (bar := tqdm(batches, "steps", disable=not accelerator.is_main_process)):
+        examples = [training[i] for i in batch]
+        losses.append(mean_loss(accelerator, model, examples, args.micro_batch_size, pad, learn=True))
+        accelerator.clip_grad_norm_(model.parameters(), args.clip)
+        optimizer.step()
         schedule.step()
-        losses.append(loss)
-        norms.append(norm)
+        optimizer.zero_grad()
+        bar.set_postfix(loss=f"{losses[-1]:.3f}")
         if not math.isfinite(losses[-1]):
             fail(f"the loss is {losses[-1]} after {len(losses)} steps; nothing is saved. Lower --lr.")
-        bar.update()
-        bar.set_postfix(loss=f"{losses[-1]:.3f}")
-    bar.close()
     after = validation_loss()
+    outcome = f"loss {losses[0]:.3f} -> {losses[-1]:.3f} nats a token" + (
+        f", held out {before:.3f} -> {after:.3f}" if validation else "")
 
     state = accelerator.get_state_dict(model)                   # all processes: under FSDP the weights are gathered
-    if processes.is_main_process:
+    if accelerator.is_main_process:
+        state = {name: weight.to(getattr(torch, args.dtype)) for name, weight in state.items()}
         unfinished = f"{args.output}.unfinished"
         shutil.rmtree(unfinished, ignore_errors=True)
-        state = {name: weight.to(getattr(torch, args.dtype)) for name, weight in state.items()}
-        if not all(weight.isfinite().all() for weight in state.values()):      # after the last step no loss tells
-            fail("the weights are not finite after the last step; nothing is saved. Lower --lr.")
-        with writing(args.output, Exception):                   # safetensors and tokenizers raise errors of their own
-            try:
-                accelerator.unwrap_model(model).save_pretrained(unfinished, state_dict=state)
-                tokenizer.save_pretrained(unfinished)
-                os.replace(unfinished, args.output)             # whole or not at all
-            finally:
-                shutil.rmtree(unfinished, ignore_errors=True)
-        claimed.close()
-    processes.wait_for_everyone()
-    say(processes, f"{args.output}: {len(batches)} steps, loss {losses[0]:.3f} -> {losses[-1]:.3f} nats a token, held "
-                   f"out {before:.3f} -> {after:.3f}, norm of the gradient {norms[0]:.3f} -> {norms[-1]:.3f}")
+        accelerator.unwrap_model(model).save_pretrained(unfinished, state_dict=state)
+        tokenizer.save_pretrained(unfinished)
+        open(f"{unfinished}/README.md", "w", encoding="utf-8").write(model_card(args, settings, data, outcome))
+        os.replace(unfinished, args.output)                     # whole or not at all
+    accelerator.wait_for_everyone()
+    say(accelerator, f"{args.output}: {len(batches)} steps, {outcome}")
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

@@ -24,8 +24,8 @@ from pathlib import Path
 import world
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the stages; first, since PyPI has an "evaluate", too
-from common import (by_pair, fail, key_of, known, mean_sem, read_conversations, read_personas,  # noqa: E402
-                    read_tasks, write_results)
+from common import (by_pair, fail, key_of, mean_sem, read_conversations, read_personas, read_tasks,  # noqa: E402
+                    run, write_results)
 from evaluate import read_responses, roleplayer_label, table  # noqa: E402
 
 TITLES = {"relevant_share": "Questions about a fact that matters (share; mean over pairs, SEM)",
@@ -80,11 +80,9 @@ def parse_args():
 def main():
     args = parse_args()
     tasks, personas = read_tasks(args.tasks), read_personas(args.personas)
-    conversations = [row for row in read_conversations(args.conversations)
-                     if known(row, tasks, personas, args.conversations)[0]["split"] == args.split
-                     and "refused" not in row]
-    responses = [row for row in read_responses(args.responses)
-                 if known(row, tasks, personas, args.responses)[0]["split"] == args.split and "refused" not in row]
+    conversations = [row for row in read_conversations(args.conversations, tasks, personas)
+                     if tasks[row["task_id"]]["split"] == args.split and "refused" not in row]
+    responses = list(read_responses(args.responses))
     if not set(map(key_of, responses)) <= set(map(key_of, conversations)):
         fail(f"{args.responses}: answers conversations that are not in {args.conversations}. Give the file behind it.")
     rows, roleplayer = [], roleplayer_label(args.conversations, args.roleplayer)
@@ -99,4 +97,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

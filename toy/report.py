@@ -18,7 +18,7 @@ import measure
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the stages; first, since PyPI has an "evaluate", too
 import evaluate  # noqa: E402
-from common import (RESULT_KEY, fail, key_of, known, read_conversations, read_personas, read_results,  # noqa: E402
+from common import (RESULT_KEY, fail, key_of, read_conversations, read_personas, read_results,  # noqa: E402
                     read_rows, read_tasks)
 
 WIDTH = 58  # of a column of text
@@ -171,12 +171,12 @@ def side_by_side(run, split, count):
     tasks, personas = read_tasks(f"{run}/tasks.jsonl"), read_personas(f"{run}/personas.jsonl")
     talks, answers = [], []
     for folder in (f"{run}/base", f"{run}/main/{last}"):
-        talks.append({key_of(row): row for row in read_conversations(f"{folder}/{split}.jsonl")})
+        talks.append({key_of(row): row for row in read_conversations(f"{folder}/{split}.jsonl", tasks, personas)})
         answers.append({key_of(row): row for row in evaluate.read_responses(f"{folder}/{split}/responses.jsonl")})
     both, lines = sorted(set(answers[0]) & set(answers[1])), []
     longest = max((answers[0][key]["turns"] for key in both), default=0)
     for key in [key for key in both if answers[0][key]["turns"] == longest][:count]:
-        task, persona = known(talks[0][key], tasks, personas, f"{run}/base/{split}.jsonl")
+        task, persona = tasks[key[0]], personas[key[1]]
         left, right = (lines_of(talk[key], answer[key]["response"], who)
                        for talk, answer, who in zip(talks, answers, ("Q_BASE", f"Q_{last}")))
         lines += ["", task["task"], persona["persona"], ""]
