@@ -239,6 +239,7 @@ class Rows(dict):
 
     def __init__(self, args, path, key, processes, **more):
         self.args, self.path, self.key, self.processes, self.part = args, path, key, processes, None
+        self.share = slice(processes.process_index, None, processes.num_processes)      # of the work: this process's
         if processes.is_main_process and not args.dry_run:
             self.lock = take_output(path, settings_of(args, **more))
         processes.wait_for_everyone()
@@ -494,7 +495,7 @@ class ServerModel:
         key = os.environ.get("OPENAI_API_KEY") or ("none" if url else fail(
             f"{spec}: no key. Set OPENAI_API_KEY, or name a server of your own: {spec}@http://127.0.0.1:8000/v1"))
         self.client = OpenAI(base_url=url, api_key=key, max_retries=8, timeout=args.timeout)
-        self.spec, self.args, self.processes = spec, args, processes
+        self.spec, self.args = spec, args
 
     def _ask(self, request, temperature, top_p, max_tokens):
         from openai import OpenAIError
@@ -513,12 +514,11 @@ class ServerModel:
         except (ValueError, TypeError, AttributeError, LookupError) as error:
             raise ServerError(f"{self.spec}: sends what is no chat completion ({error}); is the URL right?")
 
-    def generate(self, requests, temperature, top_p, max_tokens, skip=()):
+    def generate(self, requests, temperature, top_p, max_tokens, skip=frozenset(), share=slice(None)):
         """Yields (index, Reply) as answers arrive, with at most --concurrency requests under way. `skip`: indices that
-        need no reply. The others are dealt to all processes. After an error, what is under way is still yielded."""
-        todo = [i for i in range(len(requests)) if i not in skip]
-        todo, failure = todo[self.processes.process_index::self.processes.num_processes], None
-        pool = ThreadPoolExecutor(self.args.concurrency)
+        need no reply. `share`: which of the others are this process's. After an error what is under way still comes."""
+        pool, failure = ThreadPoolExecutor(self.args.concurrency), None
+        todo = [i for i in range(len(requests)) if i not in skip][share]
         try:
             index = {pool.submit(self._ask, requests[i], temperature, top_p, max_tokens): i for i in todo}
             for future in as_completed(index):
@@ -537,7 +537,7 @@ class LocalModel:
     """A Hugging Face causal language model with its tokenizer, on this process's device."""
 
     def __init__(self, path, args, processes):
-        self.name, self.batch_size, self.processes = path, args.batch_size, processes
+        self.name, self.batch_size = path, args.batch_size
         self.model, self.tokenizer = load_model(path, args.dtype), load_tokenizer(path)
         self.model.to(processes.device).eval().requires_grad_(False)
         self.room = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)      # tokens
@@ -547,11 +547,6 @@ class LocalModel:
         self.stops = {self.tokenizer.eos_token_id, *(own if isinstance(own, list) else [own]), *ids[end:close][-1:]}
         self.pad = self.tokenizer.eos_token_id if self.tokenizer.pad_token_id is None else self.tokenizer.pad_token_id
 
-    def _dealt(self, batches, skip):
-        """This process's share of the batches in which something is left to do."""
-        todo = [batch for batch in batches if any(i not in skip for i in batch)]
-        return todo[self.processes.process_index::self.processes.num_processes]
-
     def _left_pad(self, rows):
         """Lists of ids -> ids and mask, each (B, L), padded on the left: rows end in the last column."""
         import torch
@@ -560,15 +555,15 @@ class LocalModel:
         mask = torch.tensor([[0] * gap + [1] * len(row) for gap, row in zip(gaps, rows)])   # pad may be a token, EOS
         return ids.to(self.model.device), mask.to(self.model.device)
 
-    def generate(self, requests, temperature, top_p, max_tokens, skip=()):
-        """Yields (index, Reply), batch by batch; `skip` as in ServerModel. Batches are cut from all requests, so that a
-        restart computes the same matrices. A prompt that is too long for the model is refused."""
+    def generate(self, requests, temperature, top_p, max_tokens, skip=frozenset(), share=slice(None)):
+        """Yields (index, Reply), batch by batch; `skip` and `share` as in ServerModel. Batches are cut from all requests:
+        a restart computes the same matrices. A prompt that is too long for the model is refused."""
         import torch
         prompts = [prompt_ids(self.tokenizer, request.chat) for request in requests]
         openings = [request.chat[0]["content"] for request in requests]         # those with one opening stay together
         order = sorted(range(len(prompts)), key=lambda i: (-len(openings[i]), openings[i], -len(prompts[i])))
         batches = [order[i:i + self.batch_size] for i in range(0, len(order), self.batch_size)]
-        for batch in self._dealt(batches, skip):
+        for batch in [batch for batch in batches if not skip.issuperset(batch)][share]:
             fitting = [i for i in batch if not self.room or len(prompts[i]) + max_tokens <= self.room]
             for i in set(batch) - set(fitting):
                 yield i, Reply("", f"too long: {len(prompts[i])} + {max_tokens} tokens, room for {self.room}")
@@ -618,7 +613,7 @@ class LocalModel:
             rows, ids, mask = [rows[b] for b in going], tokens[going, None], F.pad(mask[going], (0, 1), value=1)
         return said
 
-    def score(self, examples, tokens_per_batch, skip=()):
+    def score(self, examples, tokens_per_batch, skip=frozenset(), share=slice(None)):
         """Yields (index, log-probability in nats): the sum over the last n tokens of ids, for examples (ids, n).
 
         Sorted by length, batched under a budget of tokens. Left padding lets all scored tokens end in the last column,
@@ -634,7 +629,7 @@ class LocalModel:
             size = max(1, tokens_per_batch // len(examples[order[0]][0]))
             batches.append(order[:size])
             order = order[size:]
-        for batch in self._dealt(batches, skip):
+        for batch in [batch for batch in batches if not skip.issuperset(batch)][share]:
             ids, mask = self._left_pad([examples[i][0] for i in batch])                               # (B, L)
             n = torch.tensor([examples[i][1] for i in batch], device=ids.device)
             keep = int(n.max())
@@ -699,7 +694,9 @@ def answer_all(rows, requests, models, spec, sampling, what, fields):
     """
     keys, done = list(requests), {i for i, key in enumerate(requests) if key in rows}
     announce(rows, spec, [request.chat for key, request in requests.items() if key not in rows], sampling[-1])
-    replies = models[spec].generate(list(requests.values()), *sampling, done) if len(done) < len(keys) else ()
+    replies = ()
+    if len(done) < len(keys):
+        replies = models[spec].generate(list(requests.values()), *sampling, done, rows.share)
     save_all(rows, keys, ((i, {**fields(keys[i], reply), **reply.marks()}) for i, reply in replies), what)
 
 
@@ -713,7 +710,7 @@ def score_all(rows, chats, models, spec):
     keys, done, scores = list(chats), {i for i, key in enumerate(chats) if key in rows}, ()
     if len(done) < len(keys):
         examples = [scored_ids(models[spec].tokenizer, chats[key]()) for key in keys]
-        scores = models[spec].score(examples, rows.args.score_tokens, done)
+        scores = models[spec].score(examples, rows.args.score_tokens, done, rows.share)
     save_all(rows, keys, ((i, {"tokens": examples[i][1], "log_prob": round(p, 6) if np.isfinite(p) else None})
                           for i, p in scores), "gold log-probabilities")
 

@@ -168,7 +168,7 @@ def main():
     index = {key_of(row): i for i, row in enumerate(rows)}
 
     def simulated():
-        for block in todo[processes.process_index::processes.num_processes]:
+        for block in todo[output.share]:
             simulate(block, ask, answer)
             for row in block:
                 yield index[key_of(row)], {name: row[name] for name in row if row[name] or name not in ("cut", "usage")}

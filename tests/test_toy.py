@@ -248,9 +248,9 @@ def test_measure_by_hand(tmp_path):
     tasks = [{"task_id": "t0", "split": "dev", "task": "Help me plan a bold dinner."},  # diet, budget
              {"task_id": "t1", "split": "test", "task": "I am looking for a decent coat."}]
     personas = [{"persona_id": f"p{i}", "split": "dev", "name": "Anna", "persona": "I'm Anna."} for i in range(2)]
-    talk = {("p0", 0): turn("diet", "My diet is vegan.") + turn("pet", "dog."),  # relevant: 1/2
-            ("p0", 1): turn("budget", "I would rather not say."),                # 1: p0's mean is 3/4
-            ("p1", 0): turn("city", "My city is Oslo.")}                         # 0: p1's mean is 0
+    talk = {("p0", 0): turn("diet", "My diet is vegan.") + turn("pet", "dog.") + turn("diet", "vegan."),
+            ("p0", 1): turn("budget", "I would rather not say."), ("p1", 0): turn("city", "My city is Oslo.")}
+    # relevant: 1/3 (diet counts once) and 1, so p0 has 2/3, p1 has 0; covered: 1 of 2 and 0 of 1, so p0 has 1/4
     answers = {("p0", 0): "It suits you as your diet is vegan. Your pet is dog. Oslo, Oslo and jazz!",  # Oslo, jazz
                ("p1", 0): "What is your diet?"}
     conversations = [{"task_id": "t0", "persona_id": p, "sample": s, "conversation": c} for (p, s), c in talk.items()]
@@ -267,8 +267,9 @@ def test_measure_by_hand(tmp_path):
     for _ in range(2):  # a rerun replaces its rows
         subprocess.run([*command, "--results", tmp_path / "results"], check=True)
     found = {row["metric"]: row for row in map(json.loads, (tmp_path / "results").read_text().splitlines())}
-    assert len((tmp_path / "results").read_text().splitlines()) == 3
-    expected = {"relevant_share": (0.375, 0.375), "question_share": (0.5, 0.5), "invented_facts": (1.0, 1.0)}
+    assert len((tmp_path / "results").read_text().splitlines()) == 4
+    expected = {"relevant_share": (1 / 3, 1 / 3), "coverage": (0.125, 0.125), "question_share": (0.5, 0.5),
+                "invented_facts": (1.0, 1.0)}
     for metric, (mean, sem) in expected.items():  # two pairs a and b: SEM = |a - b| / 2
         assert found[metric] == {"variant": "main", "iteration": 1, "metric": metric, "condition": "", "n": 2,
                                  "roleplayer": "roleplayer", "split": "dev", "mean": pytest.approx(mean),

@@ -1,6 +1,7 @@
 """What evaluate.py cannot know: how well the questions and responses of an iteration fit the embedded world.
 
-    relevant_share   of the questions asked: about a fact that matters for the task
+    relevant_share   of the questions asked: about a fact that matters for the task, and that was not asked for before
+    coverage         facts that matter and that the user told, over the most that so many questions could bring
     question_share   of the responses: another question
     invented_facts   per response: values of the world in it, each once, that occur in no user turn of the conversation
                      it answers and not in the task
@@ -28,15 +29,23 @@ from common import (by_pair, fail, key_of, mean_sem, read_conversations, read_pe
                     run, write_results)
 from evaluate import read_responses, roleplayer_label, table  # noqa: E402
 
-TITLES = {"relevant_share": "Questions about a fact that matters (share; mean over pairs, SEM)",
+TITLES = {"relevant_share": "Questions about a fact that matters, each fact once (share; mean over pairs, SEM)",
+          "coverage": "Facts that matter and were told, of the most that could be (share; mean over pairs, SEM)",
           "question_share": "Responses that are another question (share; mean over pairs, SEM)",
           "invented_facts": "Invented facts in a response (mean over pairs, SEM)"}
 
 
 def relevant_share(conversation, task):
-    """Share of the conversation's questions that are about a slot that matters for the task."""
+    """Share of the conversation's questions that are about a slot that matters for the task; a slot counts once."""
     slots = [world.question_slot(turn["content"]) for turn in conversation if turn["role"] == "assistant"]
-    return sum(slot in world.relevant_slots(task) for slot in slots) / len(slots)
+    return len(set(slots) & set(world.relevant_slots(task))) / len(slots)
+
+
+def coverage(conversation, task):
+    """Slots that matter for the task and that the user told, over the most that so many questions can bring."""
+    told = {slot for turn in conversation if turn["role"] == "user" for slot, _ in world.facts_in(turn["content"])}
+    relevant = set(world.relevant_slots(task))
+    return len(told & relevant) / min(len(conversation) // 2, len(relevant))
 
 
 def is_question(response):
@@ -53,14 +62,14 @@ def invented_facts(response, conversation, task):
 def measure(conversations, responses, tasks):
     """Rows of both files and {task_id: task row} -> {metric: {(task_id, persona_id): mean over the pair's samples}}."""
     asked = {key_of(row): row["conversation"] for row in conversations}
-    questions = [{**row, "value": relevant_share(row["conversation"], tasks[row["task_id"]]["task"])}
-                 for row in conversations]
+    of_talks = {name: by_pair([{**row, name: of(row["conversation"], tasks[row["task_id"]]["task"])}
+                               for row in conversations], name)
+                for name, of in (("relevant_share", relevant_share), ("coverage", coverage))}
     another = [{**row, "value": is_question(row["response"])} for row in responses]
     invented = [{**row, "value": invented_facts(
         row["response"], asked[key_of(row)], tasks[row["task_id"]]["task"])}
         for row in responses]
-    return {"relevant_share": by_pair(questions, "value"), "question_share": by_pair(another, "value"),
-            "invented_facts": by_pair(invented, "value")}
+    return {**of_talks, "question_share": by_pair(another, "value"), "invented_facts": by_pair(invented, "value")}
 
 
 def parse_args():
