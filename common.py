@@ -440,10 +440,6 @@ class Reply(NamedTuple):
     cut: bool = False               # ran into max_tokens
     usage: dict = None              # {"prompt_tokens": ..., "completion_tokens": ...}, as a server counts
 
-    def marks(self):
-        """What a row says of a reply beside its text, where there is something to say."""
-        return {name: value for name, value in self._asdict().items() if name != "text" and value}
-
 
 def start_processes():
     """Accelerate's view of this process: one of those that `accelerate launch` or torchrun has started, or alone."""
@@ -556,8 +552,8 @@ class LocalModel:
         return ids.to(self.model.device), mask.to(self.model.device)
 
     def generate(self, requests, temperature, top_p, max_tokens, skip=frozenset(), share=slice(None)):
-        """Yields (index, Reply), batch by batch; `skip` and `share` as in ServerModel. Batches are cut from all requests:
-        a restart computes the same matrices. A prompt that is too long for the model is refused."""
+        """Yields (index, Reply), batch by batch; `skip`, `share` as in ServerModel. Batches are cut from all requests, so
+        that a restart computes the same matrices. A prompt that is too long for the model is refused."""
         import torch
         prompts = [prompt_ids(self.tokenizer, request.chat) for request in requests]
         openings = [request.chat[0]["content"] for request in requests]         # those with one opening stay together
@@ -690,26 +686,25 @@ def answer_all(rows, requests, models, spec, sampling, what, fields):
     """Asks the model `spec` for each row that is not there yet, and saves its reply.
 
     requests: {key: Request}; sampling: (temperature, top_p, max_tokens); what: for the bar; fields: a function from a
-    key and its Reply to what the row says beside its key and the reply's marks.
+    key and its Reply to what the row says of it. Whether it was refused or cut, and its usage, are added.
     """
     keys, done = list(requests), {i for i, key in enumerate(requests) if key in rows}
     announce(rows, spec, [request.chat for key, request in requests.items() if key not in rows], sampling[-1])
     replies = ()
     if len(done) < len(keys):
         replies = models[spec].generate(list(requests.values()), *sampling, done, rows.share)
-    save_all(rows, keys, ((i, {**fields(keys[i], reply), **reply.marks()}) for i, reply in replies), what)
+    save_all(rows, keys, ((i, {**fields(keys[i], reply), **{
+        name: mark for name, mark in reply._asdict().items() if mark and name != "text"}}) for i, reply in replies), what)
 
 
-def score_all(rows, chats, models, spec):
-    """Saves `log_prob` (nats; None if it is not finite) and `tokens` of the last turn of each chat that is not there.
-
-    chats: {key: function that makes the chat}: of 125,000 none but its ids is kept.
-    """
+def score_all(rows, keys, chat_of, models, spec):
+    """Saves `log_prob` (nats; None if it is not finite) and `tokens` of the last turn of chat_of(key), for each key that
+    is not there."""
     if spec.startswith("openai:"):
         fail(f"--base {spec}: a server gives no log-probabilities of a gold response. Give a folder or a hub name.")
-    keys, done, scores = list(chats), {i for i, key in enumerate(chats) if key in rows}, ()
+    keys, done, scores = list(keys), {i for i, key in enumerate(keys) if key in rows}, ()
     if len(done) < len(keys):
-        examples = [scored_ids(models[spec].tokenizer, chats[key]()) for key in keys]
+        examples = [scored_ids(models[spec].tokenizer, chat_of(key)) for key in keys]
         scores = models[spec].score(examples, rows.args.score_tokens, done, rows.share)
     save_all(rows, keys, ((i, {"tokens": examples[i][1], "log_prob": round(p, 6) if np.isfinite(p) else None})
                           for i, p in scores), "gold log-probabilities")

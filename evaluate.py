@@ -284,7 +284,7 @@ def main():
             chat = form(key[:2], talk or [], personas[key[1]]["persona"] if talk is None else None)
             return [*chat, {"role": "assistant", "content": golds[key[:2]]}]
 
-        score_all(log_probs, {key: lambda key=key: scored_chat(key) for key in talks}, models, args.base)
+        score_all(log_probs, talks, scored_chat, models, args.base)
         base = list(read_log_probs(f"{args.baseline}/log_probs.jsonl")) if args.baseline else []
         for condition in list(CONDITIONS)[:-1]:
             finite = (lambda row: row["condition"] == condition and row["log_prob"] is not None)

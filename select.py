@@ -36,7 +36,7 @@ else:
 
     from common import (Models, Request, Rows, add_data_flags, add_model_flags, answer_all, fail, key_of, lines_of,
                         number, pair_of, read_conversations, read_gold, read_personas, read_tasks, response_form, run,
-                        sample_pairs, say, score_all, seed_for, stage_parser, start_processes)
+                        sample_pairs, save_all, say, score_all, seed_for, stage_parser, start_processes)
 
 # Not in the paper: the released code puts this before the first turn when it samples the response, and leaves it out
 # again when it trains on that response, so that part of its gain is this prompt, distilled. --response-prompt uses it.
@@ -105,7 +105,8 @@ def main():
     tasks, personas, golds = read_tasks(args.tasks), read_personas(args.personas), read_gold(args.gold)
     everything = read_conversations(args.conversations, tasks, personas)
     pairs = set(sample_pairs(sorted(set(map(pair_of, everything))), args.limit, args.seed))
-    rows = [row for row in everything if "refused" not in row and pair_of(row) in pairs and golds.get(pair_of(row))]
+    rows = {key_of(row): row for row in everything
+            if "refused" not in row and pair_of(row) in pairs and golds.get(pair_of(row))}
     if not rows or not pairs <= set(golds):
         fail(f"{args.gold}: no gold response for {min(pairs - set(golds), default='any pair')}, which "
              f"{args.conversations} talks about. Run gold.py for that split, with simulate.py's --limit and --seed.")
@@ -119,15 +120,14 @@ def main():
         return personas[row["persona_id"]]["name"], tasks[row["task_id"]]["task"], row["conversation"]
 
     # Line 4: log p_QBASE(g | t, s) of every conversation; the best of each pair.
-    score_all(scores, {key_of(row): lambda row=row: gold_chat(*form(row), golds[pair_of(row)]) for row in rows}, models,
-              args.base)
+    score_all(scores, rows, lambda key: gold_chat(*form(rows[key]), golds[key[:2]]), models, args.base)
     log_probs = defaultdict(dict)                               # pair -> {sample: log p(gold)}
-    for row in rows:
-        log_probs[pair_of(row)][row["sample"]] = scores[key_of(row)]["log_prob"]
+    for *pair, sample in rows:
+        log_probs[tuple(pair)][sample] = scores[(*pair, sample)]["log_prob"]
     keep = {pair: select_random(c, args.k, seed_for(args.seed, "pick", *pair)) if args.pick == "random" else
             select_best(c, args.k) for pair, c in log_probs.items()}
-    chosen = {key_of(row): {**row, "gold_log_prob": log_probs[pair_of(row)][row["sample"]], "response": None}
-              for row in rows if row["sample"] in keep[pair_of(row)]}
+    chosen = {key: {**row, "gold_log_prob": scores[key]["log_prob"], "response": None}
+              for key, row in rows.items() if key[2] in keep[key[:2]]}
     if not chosen:
         fail(f"{args.conversations}: no finite log-probability of a gold response. Look at the model --base.")
     if any(key not in chosen for key in output if key[:2] in keep):
@@ -135,15 +135,12 @@ def main():
 
     # Line 5: r <- Q_{t-1}(t, s*), greedily.
     if args.no_response:
-        for key in chosen if processes.is_main_process else ():
-            if key not in output:
-                output.add(chosen[key])
-        output.finish()
+        save_all(output, list(chosen), enumerate(chosen.values()) if processes.is_main_process else (), "selected")
     else:
         answer_all(output, {key: Request(response_chat(*form(row), prompt)) for key, row in chosen.items()}, models,
                    args.questioner, (0.0, 1.0, args.max_tokens), "responses",
                    lambda key, reply: {**chosen[key], "response": reply.text})
-    finite = [scores[key_of(row)]["log_prob"] for row in rows if scores[key_of(row)]["log_prob"] is not None]
+    finite = [scores[key]["log_prob"] for key in rows if scores[key]["log_prob"] is not None]
     kept = [row["gold_log_prob"] for row in chosen.values()]
     row = output[min(chosen)]
     others = ", ".join(f"{p:.2f}" for p in sorted(p for p in log_probs[pair_of(row)].values() if p is not None))
