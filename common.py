@@ -15,6 +15,7 @@ import json
 import os
 import re
 import sys
+from bisect import bisect_left, bisect_right
 from collections import Counter, defaultdict
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from functools import lru_cache
@@ -32,40 +33,36 @@ def fail(message, status=2):
     raise SystemExit(status)
 
 
-class ServerError(Exception):
-    """A server's lasting failure."""
-
-
 def run(main):
     """Runs a stage's main: a wrong path, a full disk, a server's failure or Ctrl-C is one line, and no traceback."""
     try:
         main()
-    except (OSError, ServerError) as error:
+    except OSError as error:                                    # a server's failure is one, too: ConnectionError
         what = f"{error.filename}: {error.strerror}" if getattr(error, "filename", None) else str(error)
         fail(f"{' '.join(what.split())[:500]}. Correct that (a missing file is written by an earlier stage) and start "
              "again with the same flags: what is done is kept.")
     except KeyboardInterrupt:
-        fail("interrupted. What is done is kept: start again with the same flags.", 130)
-
-
-def digest(*parts):
-    """Twelve hex digits of a hash of texts, numbers, and lists of them."""
-    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:12]
+        tqdm.write("interrupted. What is done is kept: start again with the same flags.", file=sys.stderr)
+        os._exit(130)                                           # Python would wait for all requests that are under way
 
 
 def seed_for(*parts):
     """A number below 2**31 that depends on its parts alone: the same row gets the same randomness in any order of
     work, on any number of processes, before and after a restart."""
-    return int(digest(*parts)[:8], 16) >> 1
+    return int(hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:8], 16) >> 1
 
 
 # ---------------------------------------------------------------- rows: one JSON object a line
 
-def read_rows(path, fields, key):
+PAIR = {"task_id": str, "persona_id": str}                      # the fields that tell rows apart
+SAMPLE = {**PAIR, "sample": int}
+
+
+def read_rows(path, key, fields):
     """Yields the rows of a JSONL file, checked; the first bad line ends the program.
 
-    fields: {name: type, tuple of types, or function from a value to what is wrong with it, or None}; key: the names
-    that tell rows apart. A row with `refused` (a model declined) needs its key alone; the caller leaves it out.
+    key: {name: type} of the fields that tell rows apart; fields: of the others. A row with `refused` (a model declined)
+    needs its key alone; the caller leaves it out.
     """
     seen = {}
     if unfinished(path):
@@ -74,12 +71,17 @@ def read_rows(path, fields, key):
         try:
             row = json.loads(line)
             json.dumps(row, ensure_ascii=False, allow_nan=False).encode()          # no NaN, no half of a character
-            names = key if "refused" in row else fields
-            wrong = [f"field {name!r} is {json.dumps(row[name])[:40]}: {why}" for name in names
-                     if (why := field_error(row[name], fields[name]))]
+            for name, kind in (key if "refused" in row else {**key, **fields}).items():
+                if not isinstance(row[name], kind):
+                    wanted = getattr(kind, "__name__", kind)
+                    raise ValueError(f"field {name!r} is {json.dumps(row[name])[:40]}, not {wanted}")
+                if name == "conversation" and [(turn["role"], type(turn["content"])) for turn in row[name]] != [
+                        ("assistant", str), ("user", str)] * max(1, len(row[name]) // 2):
+                    raise ValueError('a conversation is a list of {"role": "assistant" or "user", "content": text}, '
+                                     "question and answer in turn")
             identity = tuple(row[name] for name in key)
-            if wrong or identity in seen:
-                raise ValueError(*wrong or [f"the same {', '.join(key)} as on line {seen[identity]}"])
+            if identity in seen:
+                raise ValueError(f"the same {', '.join(key)} as on line {seen[identity]}")
         except KeyError as error:
             fail(f"{path}, line {number}: no field {error}. docs/data.md lists the fields of each file.")
         except (ValueError, TypeError, RecursionError) as error:
@@ -88,45 +90,33 @@ def read_rows(path, fields, key):
         yield row
 
 
-def field_error(value, kind):
-    """What is wrong with a field's value, or None."""
-    if not isinstance(kind, (type, tuple)):
-        return kind(value)
-    kinds = kind if isinstance(kind, tuple) else (kind,)
-    return None if type(value) in kinds else f"not {' or '.join(k.__name__ for k in kinds)}"
-
-
-def conversation_error(turns):
-    """What is wrong with a conversation, or None."""
-    if not turns or type(turns) is not list or not all(
-            type(turn) is dict and type(turn.get("content")) is str for turn in turns) or [
-            turn.get("role") for turn in turns] != ["assistant", "user"] * (len(turns) // 2):
-        return 'not a list of {"role": "assistant" or "user", "content": text}, question and answer in turn'
-
-
 def read_tasks(path):
     """{task_id: row} with `task_id`, `split`, `task`."""
-    return {row["task_id"]: row for row in read_rows(path, {"task_id": str, "split": str, "task": str}, ("task_id",))}
+    return {row["task_id"]: row for row in read_rows(path, {"task_id": str}, {"split": str, "task": str})}
 
 
 def read_personas(path):
     """{persona_id: row} with `persona_id`, `split`, `name`, `persona`."""
-    fields = {"persona_id": str, "split": str, "name": str, "persona": str}
-    return {row["persona_id"]: row for row in read_rows(path, fields, ("persona_id",))}
+    fields = {"split": str, "name": str, "persona": str}
+    return {row["persona_id"]: row for row in read_rows(path, {"persona_id": str}, fields)}
 
 
-def read_gold(path):
-    """{(task_id, persona_id): gold response}; None where the Oracle refused. An empty gold is a refusal."""
-    fields = {"task_id": str, "persona_id": str, "gold": str}
-    return {pair_of(row): None if "refused" in row else row["gold"].strip() or None
-            for row in read_rows(path, fields, ("task_id", "persona_id"))}
+def read_gold(path, pairs=()):
+    """{(task_id, persona_id): gold response}; None where the Oracle refused. An empty gold is a refusal. If one of
+    `pairs` is not there, the program ends."""
+    golds = {pair_of(row): None if "refused" in row else row["gold"].strip() or None
+             for row in read_rows(path, PAIR, {"gold": str})}
+    for pair in pairs:
+        if pair not in golds:
+            fail(f"{path}: no gold response for {pair}. Run gold.py for that split, with the --limit and --seed of "
+                 "simulate.py.")
+    return golds
 
 
 def read_conversations(path, tasks, personas, **more):
     """The rows `task_id`, `persona_id`, `sample`, `conversation` (and `more` fields) in order; also the refused ones.
     An id that is not in `tasks` or `personas` ends the program."""
-    fields = {"task_id": str, "persona_id": str, "sample": int, "conversation": conversation_error, **more}
-    rows = sorted(read_rows(path, fields, ("task_id", "persona_id", "sample")), key=key_of)
+    rows = sorted(read_rows(path, SAMPLE, {"conversation": list, **more}), key=key_of)
     for row in rows:
         if row["task_id"] not in tasks or row["persona_id"] not in personas:
             fail(f"{path}: {pair_of(row)} is not among the given --tasks and --personas. Give those it was made from.")
@@ -142,26 +132,23 @@ def key_of(row):
 
 
 def all_pairs(tasks, personas, split, limit=None, seed=0):
-    """The (task row, persona row) pairs of a split: the full product, or a seeded sample of `limit` of them."""
-    tasks, personas = ([row for row in rows.values() if row["split"] == split] for rows in (tasks, personas))
-    if not tasks or not personas:
-        fail(f"--split {split}: no {'persona' if tasks else 'task'} has this split. Name another one.")
-    pairs = {(task["task_id"], persona["persona_id"]): (task, persona) for task in tasks for persona in personas}
-    kept = set(sample_pairs(pairs, limit, seed))
-    return [rows for pair, rows in pairs.items() if pair in kept]
+    """The (task_id, persona_id) of a split: the full product, or a seeded sample of `limit` of them."""
+    pairs = [(i, j) for i in tasks for j in personas if tasks[i]["split"] == personas[j]["split"] == split]
+    return sample_pairs(pairs, limit, seed) if pairs else fail(
+        f"--split {split}: no task has this split, or no persona. Name another one.")
 
 
 def sample_pairs(pairs, limit, seed):
-    """A seeded sample of `limit` of some (task_id, persona_id), in which smaller samples are contained; or all."""
-    return list(pairs) if limit is None else sorted(pairs, key=lambda p: (seed_for(seed, "limit", *p), p))[:limit]
+    """Sorted (task_id, persona_id): all, or a seeded sample of `limit`, in which smaller samples are contained."""
+    return sorted(sorted(set(pairs), key=lambda pair: (seed_for(seed, "limit", *pair), pair))[:limit])
 
 
 # ---------------------------------------------------------------- settings: what an output was made with
 
 # Flags that change no row, but where it goes, how many there are, how fast they come and what they may cost. All other
 # flags are settings; so is a flag that a fork adds.
-NEUTRAL = {"output", "results", "limit", "metrics", "batch_size", "score_tokens", "concurrency", "timeout",
-           "max_refused", "prices", "dry_run"}
+NEUTRAL = {"output", "results", "limit", "metrics", "batch_size", "concurrency", "timeout", "max_refused", "prices",
+           "dry_run"}
 
 
 def fingerprint(value):
@@ -173,9 +160,9 @@ def fingerprint(value):
         return value
     files = [Path(value)] if Path(value).is_file() else sorted(file for file in Path(value).iterdir() if file.is_file())
     content = hashlib.sha256()
-    for file in files:                                          # of weights the size will do: train.py's README.md and
-        whole = len(files) == 1 or file.suffix in (".json", ".jsonl", ".jinja", ".md")         # the .json tell the rest
-        content.update(file.name.encode() + (file.read_bytes() if whole else str(file.stat().st_size).encode()))
+    for file in files:                                          # of weights the size will do: README.md tells the rest
+        weights = file.suffix in (".safetensors", ".bin")
+        content.update(file.name.encode() + (str(file.stat().st_size).encode() if weights else file.read_bytes()))
     return f"{Path(value).resolve().name} ({content.hexdigest()[:12]})"
 
 
@@ -238,13 +225,13 @@ class Rows(dict):
     """
 
     def __init__(self, args, path, key, processes, **more):
-        self.args, self.path, self.key, self.processes, self.part = args, path, key, processes, None
+        self.args, self.path, self.key, self.processes = args, path, key, processes
         self.share = slice(processes.process_index, None, processes.num_processes)      # of the work: this process's
         if processes.is_main_process and not args.dry_run:
             self.lock = take_output(path, settings_of(args, **more))
         processes.wait_for_everyone()
         self._read()
-        self.own_part = f"{path}.part-{len(unfinished(path))}-{processes.process_index}"       # a new name every time
+        self.part = f"{path}.part-{len(unfinished(path))}-{processes.process_index}"       # a new name every time
         processes.wait_for_everyone()
 
     def _read(self):
@@ -260,25 +247,19 @@ class Rows(dict):
 
     def add(self, row):
         """Saves a row at once."""
-        self.part = self.part or open(self.own_part, "ab", buffering=0)
-        line = (json.dumps(row, ensure_ascii=False) + "\n").encode()
-        while line:                                             # a disk that is nearly full takes a part of it
-            line = line[self.part.write(line):]
+        with open(self.part, "a", encoding="utf-8") as part:
+            print(json.dumps(row, ensure_ascii=False), file=part)
         self[tuple(row[name] for name in self.key)] = row
         if len(self) % 100 == 0:                                # before thousands more are paid for
             self.limit_refusals()
 
     def finish(self):
         """Joins the parts of all processes into PATH, which is there then, if only as an empty file."""
-        if self.part:
-            self.part = self.part.close()
         self.processes.wait_for_everyone()
         if self.processes.is_main_process:
             self._read()
-            parts = unfinished(self.path)
-            if parts or not os.path.exists(self.path):
-                write_whole(self.path, "".join(json.dumps(self[k], ensure_ascii=False) + "\n" for k in sorted(self)))
-            for part in parts:
+            write_whole(self.path, "".join(json.dumps(self[k], ensure_ascii=False) + "\n" for k in sorted(self)))
+            for part in unfinished(self.path):
                 os.remove(part)
         self.processes.wait_for_everyone()
         self._read()
@@ -301,14 +282,13 @@ class Rows(dict):
         return f"{self.path}: {len(self)} rows, {refused} refused, {cut} cut at --max-tokens{counted if usage else ''}"
 
 
-RESULT_KEY = ("variant", "iteration", "metric", "condition", "roleplayer", "split")
+RESULT_KEY = {"variant": str, "iteration": int, "metric": str, "condition": str, "roleplayer": str, "split": str}
 
 
 def read_results(path):
     """Rows of results.jsonl: RESULT_KEY + `mean`, `sem`, `n`."""
-    number = (int, float, type(None))
-    fields = {**dict.fromkeys(RESULT_KEY, str), "iteration": int, "mean": number, "sem": number, "n": int}
-    return list(read_rows(path, fields, RESULT_KEY)) if Path(path).exists() else []
+    fields = {"mean": float | int | None, "sem": float | int | None, "n": int}
+    return list(read_rows(path, RESULT_KEY, fields)) if Path(path).exists() else []
 
 
 def write_results(path, rows):
@@ -354,7 +334,7 @@ def special_tokens(tokenizer):
 def plain(tokenizer, chat):
     """A chat for a template: system text folded in, and each special token that a text spells broken by a blank ("</s>"
     becomes "< /s>"), or a text could open and close turns."""
-    spelled = "|".join(map(re.escape, sorted(special_tokens(tokenizer), key=len, reverse=True))) or "(?!)"
+    spelled = "|".join(map(re.escape, special_tokens(tokenizer)))
     chat = [{**message, "content": re.sub(spelled, lambda mark: f"{mark[0][0]} {mark[0][1:]}", message["content"])}
             for message in fold_system(chat)]
     return [{**m, "content": m["content"].strip()} if m["role"] == "assistant" else m for m in chat]   # as most do
@@ -391,6 +371,7 @@ def assistant_turns(tokenizer, chat, last_only=False):
     chat, mark, turns = plain(tokenizer, chat), "\U000ffffd", []
     text = render(tokenizer, chat)
     ids, spans = encode(tokenizer, text)
+    begins, ends = zip(*spans)
     for i in [i for i, message in enumerate(chat) if message["role"] == "assistant"][-1 if last_only else 0:]:
         said, marked = chat[i]["content"], [*chat[:i], {"role": "assistant", "content": mark}]
         before = render(tokenizer, chat[:i], ask=True)
@@ -402,8 +383,8 @@ def assistant_turns(tokenizer, chat, last_only=False):
                 "of the answer, a thought perhaps. Use a template without one.")
         if not text[len(before):start].strip():
             start = len(before)                                 # a blank before the text belongs to the turn
-        first = next((t for t, (_, b) in enumerate(spans) if b > start), len(ids))
-        end = next((t for t, (a, _) in enumerate(spans) if a >= stop and t >= first), len(ids)) if said else first
+        first = bisect_right(ends, start)
+        end = max(first, bisect_left(begins, stop)) if said else first
         close = next((t for t in range(end, len(ids)) if text[slice(*spans[t])].strip()), end)
         has_end = render(tokenizer, marked).partition(mark)[2].strip()      # some templates have no end of turn
         turns.append((first, end, close + 1 if has_end and ids[close] in special_tokens(tokenizer).values() else end))
@@ -453,21 +434,9 @@ def start_processes():
     return processes
 
 
-class Models(dict):
-    """{string: model}, opened when one is asked for; the one before is let go, since two might not fit side by side."""
-
-    def __init__(self, args, processes):
-        self.args, self.processes = args, processes
-
-    def __missing__(self, spec):
-        self.clear()
-        self[spec] = open_model(spec, self.args, self.processes)
-        return self[spec]
-
-
 def open_model(spec, args, processes):
     """A model by its string: "openai:MODEL", "openai:MODEL@URL", a local folder or a hub name."""
-    return (ServerModel if spec.startswith("openai:") else LocalModel)(spec, args, processes)
+    return ServerModel(spec, args) if spec.startswith("openai:") else LocalModel(spec, args, processes.device)
 
 
 def read_completion(answer):
@@ -484,42 +453,40 @@ class ServerModel:
     """A model behind an OpenAI-compatible server. The key comes from OPENAI_API_KEY, the URL from the model's string or
     OPENAI_BASE_URL. The client itself repeats a call after 429, 5xx, dropped connections and time-outs, 8 times."""
 
-    def __init__(self, spec, args, processes):
+    def __init__(self, spec, args):
         from openai import OpenAI
         self.name, _, url = spec.removeprefix("openai:").partition("@http")
-        url = "http" + url if url else os.environ.get("OPENAI_BASE_URL")
-        key = os.environ.get("OPENAI_API_KEY") or ("none" if url else fail(
-            f"{spec}: no key. Set OPENAI_API_KEY, or name a server of your own: {spec}@http://127.0.0.1:8000/v1"))
-        self.client = OpenAI(base_url=url, api_key=key, max_retries=8, timeout=args.timeout)
         self.spec, self.args = spec, args
+        self.client = OpenAI(base_url="http" + url if url else None, timeout=args.timeout, max_retries=8,
+                             api_key=os.environ.get("OPENAI_API_KEY") or "no key: set OPENAI_API_KEY")
 
     def _ask(self, request, temperature, top_p, max_tokens):
         from openai import OpenAIError
         chat = fold_system(request.chat) if self.args.system == "fold" else request.chat
-        usual = {"temperature": temperature, "top_p": top_p, "max_tokens": max_tokens, "seed": request.seed}
-        extra = self.args.extra                                 # {"max_tokens": null} takes an argument away
+        more = {"temperature": temperature, "top_p": top_p, "max_tokens": max_tokens, "seed": request.seed,
+                **self.args.extra}                              # {"max_tokens": null} takes an argument away
         try:
             return read_completion(self.client.chat.completions.create(
-                model=self.name, messages=chat, **{k: v for k, v in usual.items() if k not in extra},
-                extra_body={k: v for k, v in extra.items() if v is not None}))
+                model=self.name, messages=chat, extra_body={k: v for k, v in more.items() if v is not None}))
         except OpenAIError as error:
             if getattr(error, "code", None) in ("content_filter", "invalid_prompt"):       # Azure's and OpenAI's
                 return Reply("", f"{error.code} (prompt)")
-            raise ServerError(f"{self.spec}: {error} (--extra changes a request's arguments, --system fold its system "
-                              "text; lower --concurrency if there are too many)")
+            raise ConnectionError(f"{self.spec}: {error} (--extra changes a request's arguments, --system fold its "
+                                  "system text; lower --concurrency if there are too many)")
         except (ValueError, TypeError, AttributeError, LookupError) as error:
-            raise ServerError(f"{self.spec}: sends what is no chat completion ({error}); is the URL right?")
+            raise ConnectionError(f"{self.spec}: sends what is no chat completion ({error}); is the URL right?")
 
-    def generate(self, requests, temperature, top_p, max_tokens, skip=frozenset(), share=slice(None)):
-        """Yields (index, Reply) as answers arrive, with at most --concurrency requests under way. `skip`: indices that
-        need no reply. `share`: which of the others are this process's. After an error what is under way still comes."""
+    def generate(self, requests, temperature, top_p, max_tokens, skip=(), share=slice(None)):
+        """{key: Request} -> yields (key, Reply) as answers arrive, with at most --concurrency requests under way.
+        `skip`: keys that need no reply; `share`: which of the others are this process's. After an error, what is under
+        way, and paid for, still comes."""
         pool, failure = ThreadPoolExecutor(self.args.concurrency), None
-        todo = [i for i in range(len(requests)) if i not in skip][share]
         try:
-            index = {pool.submit(self._ask, requests[i], temperature, top_p, max_tokens): i for i in todo}
-            for future in as_completed(index):
+            asked = {pool.submit(self._ask, requests[key], temperature, top_p, max_tokens): key
+                     for key in [key for key in requests if key not in skip][share]}
+            for future in as_completed(asked):
                 if not future.cancelled() and not future.exception():
-                    yield index[future], future.result()
+                    yield asked[future], future.result()
                 elif not failure:
                     failure = future.exception()
                     pool.shutdown(wait=False, cancel_futures=True)
@@ -532,45 +499,45 @@ class ServerModel:
 class LocalModel:
     """A Hugging Face causal language model with its tokenizer, on this process's device."""
 
-    def __init__(self, path, args, processes):
+    def __init__(self, path, args, device):
         self.name, self.batch_size = path, args.batch_size
         self.model, self.tokenizer = load_model(path, args.dtype), load_tokenizer(path)
-        self.model.to(processes.device).eval().requires_grad_(False)
+        self.model.to(device).eval().requires_grad_(False)
         self.room = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)      # tokens
         # What ends an answer: the checkpoint's tokens, the tokenizer's, and the template's end of turn.
         own, hi = self.model.generation_config.eos_token_id, [{"role": "user", "content": "Hi"}]
         ids, ((_, end, close),) = assistant_turns(self.tokenizer, [*hi, {**hi[0], "role": "assistant"}], last_only=True)
         self.stops = {self.tokenizer.eos_token_id, *(own if isinstance(own, list) else [own]), *ids[end:close][-1:]}
-        self.pad = self.tokenizer.eos_token_id if self.tokenizer.pad_token_id is None else self.tokenizer.pad_token_id
 
     def _left_pad(self, rows):
-        """Lists of ids -> ids and mask, each (B, L), padded on the left: rows end in the last column."""
+        """Lists of ids -> ids and mask, each (B, L), padded on the left: rows end in the last column. The mask hides
+        the padding, so that any id will do for it."""
         import torch
-        gaps = [max(map(len, rows)) - len(row) for row in rows]
-        ids = torch.tensor([[self.pad] * gap + list(row) for gap, row in zip(gaps, rows)])
-        mask = torch.tensor([[0] * gap + [1] * len(row) for gap, row in zip(gaps, rows)])   # pad may be a token, EOS
-        return ids.to(self.model.device), mask.to(self.model.device)
+        from torch.nn.utils.rnn import pad_sequence
+        rows = [torch.tensor(row, dtype=torch.long, device=self.model.device) for row in rows]
+        return [pad_sequence(part, batch_first=True, padding_side="left")
+                for part in (rows, [torch.ones_like(row) for row in rows])]
 
-    def generate(self, requests, temperature, top_p, max_tokens, skip=frozenset(), share=slice(None)):
-        """Yields (index, Reply), batch by batch; `skip`, `share` as in ServerModel. Batches are cut from all requests, so
-        that a restart computes the same matrices. A prompt that is too long for the model is refused."""
+    def generate(self, requests, temperature, top_p, max_tokens, skip=(), share=slice(None)):
+        """{key: Request} -> yields (key, Reply), batch by batch; `skip`, `share` as in ServerModel. Batches are cut
+        from all requests, so that a restart computes the same matrices. A prompt that is too long is refused."""
         import torch
-        prompts = [prompt_ids(self.tokenizer, request.chat) for request in requests]
-        openings = [request.chat[0]["content"] for request in requests]         # those with one opening stay together
-        order = sorted(range(len(prompts)), key=lambda i: (-len(openings[i]), openings[i], -len(prompts[i])))
+        prompts = {key: prompt_ids(self.tokenizer, request.chat) for key, request in requests.items()}
+        opening = {key: request.chat[0]["content"] for key, request in requests.items()}       # the same stay together
+        order = sorted(prompts, key=lambda key: (-len(opening[key]), opening[key], -len(prompts[key])))
         batches = [order[i:i + self.batch_size] for i in range(0, len(order), self.batch_size)]
-        for batch in [batch for batch in batches if not skip.issuperset(batch)][share]:
-            fitting = [i for i in batch if not self.room or len(prompts[i]) + max_tokens <= self.room]
-            for i in set(batch) - set(fitting):
-                yield i, Reply("", f"too long: {len(prompts[i])} + {max_tokens} tokens, room for {self.room}")
+        for batch in [batch for batch in batches if not all(key in skip for key in batch)][share]:
+            fitting = [key for key in batch if not self.room or len(prompts[key]) + max_tokens <= self.room]
+            for key in set(batch) - set(fitting):
+                yield key, Reply("", f"too long: {len(prompts[key])} + {max_tokens} tokens, room for {self.room}")
             if fitting:
-                draws = np.stack([np.random.default_rng(requests[i].seed).random(max_tokens) for i in fitting])
-                answers = self._answer([prompts[i] for i in fitting], [openings[i] for i in fitting],
+                draws = np.stack([np.random.default_rng(requests[key].seed).random(max_tokens) for key in fitting])
+                answers = self._answer([prompts[key] for key in fitting], [opening[key] for key in fitting],
                                        torch.from_numpy(draws).to(self.model.device), temperature, top_p)
-                for i, tokens in zip(fitting, answers):
+                for key, tokens in zip(fitting, answers):
                     cut = tokens[-1] not in self.stops
                     text = self.tokenizer.decode(tokens[:None if cut else -1], skip_special_tokens=True)
-                    yield i, Reply(text.strip(), cut=cut)
+                    yield key, Reply(text.strip(), cut=cut)
 
     def _answer(self, prompts, openings, draws, temperature, top_p):
         """B lists of ids -> B lists of at most T new tokens, drawn by draws (B, T). What prompts with one opening share
@@ -609,25 +576,26 @@ class LocalModel:
             rows, ids, mask = [rows[b] for b in going], tokens[going, None], F.pad(mask[going], (0, 1), value=1)
         return said
 
-    def score(self, examples, tokens_per_batch, skip=frozenset(), share=slice(None)):
-        """Yields (index, log-probability in nats): the sum over the last n tokens of ids, for examples (ids, n).
+    def score(self, examples, skip=(), share=slice(None)):
+        """{key: (ids, n)} -> yields (key, log-probability in nats): the sum over the last n tokens of ids.
 
-        Sorted by length, batched under a budget of tokens. Left padding lets all scored tokens end in the last column,
-        so that logits are computed for the last max(n) + 1 positions alone.
+        Sorted by length, in batches of at most 256 tokens times --batch-size. Left padding lets all scored tokens end
+        in the last column, so that logits are computed for the last max(n) + 1 positions alone.
         """
         import torch
         import torch.nn.functional as F
-        order, batches = sorted(range(len(examples)), key=lambda i: -len(examples[i][0])), []
-        if examples and self.room and len(examples[order[0]][0]) > self.room:
-            fail(f"{self.name}: {len(examples[order[0]][0])} tokens are to be scored, but the model has room for "
-                 f"{self.room}. Use a model with a longer context, or shorter texts.")
+        order, batches = sorted(examples, key=lambda key: -len(examples[key][0])), []
         while order:
-            size = max(1, tokens_per_batch // len(examples[order[0]][0]))
+            longest = len(examples[order[0]][0])
+            if self.room and longest > self.room:
+                fail(f"{self.name}: {longest} tokens are to be scored, but the model has room for {self.room}. Use "
+                     "shorter texts, or a model with a longer context.")
+            size = max(1, 256 * self.batch_size // longest)
             batches.append(order[:size])
             order = order[size:]
-        for batch in [batch for batch in batches if not skip.issuperset(batch)][share]:
-            ids, mask = self._left_pad([examples[i][0] for i in batch])                               # (B, L)
-            n = torch.tensor([examples[i][1] for i in batch], device=ids.device)
+        for batch in [batch for batch in batches if not all(key in skip for key in batch)][share]:
+            ids, mask = self._left_pad([examples[key][0] for key in batch])                           # (B, L)
+            n = torch.tensor([examples[key][1] for key in batch], device=ids.device)
             keep = int(n.max())
             logits = self.model(ids, attention_mask=mask, position_ids=positions(mask), use_cache=False,
                                 logits_to_keep=keep + 1).logits[:, -keep - 1:-1].float()              # (B, keep, V)
@@ -682,54 +650,53 @@ def load_tokenizer(path):
 
 # ---------------------------------------------------------------- the two loops of the stages
 
-def answer_all(rows, requests, models, spec, sampling, what, fields):
+def answer_all(rows, requests, spec, sampling, what, fields):
     """Asks the model `spec` for each row that is not there yet, and saves its reply.
 
     requests: {key: Request}; sampling: (temperature, top_p, max_tokens); what: for the bar; fields: a function from a
     key and its Reply to what the row says of it. Whether it was refused or cut, and its usage, are added.
     """
-    keys, done = list(requests), {i for i, key in enumerate(requests) if key in rows}
-    announce(rows, spec, [request.chat for key, request in requests.items() if key not in rows], sampling[-1])
-    replies = ()
-    if len(done) < len(keys):
-        replies = models[spec].generate(list(requests.values()), *sampling, done, rows.share)
-    save_all(rows, keys, ((i, {**fields(keys[i], reply), **{
-        name: mark for name, mark in reply._asdict().items() if mark and name != "text"}}) for i, reply in replies), what)
+    todo, replies = [request.chat for key, request in requests.items() if key not in rows], ()
+    announce(rows, (spec, todo, sampling[-1]))
+    if todo:
+        replies = open_model(spec, rows.args, rows.processes).generate(requests, *sampling, rows, rows.share)
+    save_all(rows, requests, ((key, {**fields(key, reply), **{
+        name: mark for name, mark in reply._asdict().items() if mark and name != "text"}})
+        for key, reply in replies), what)
 
 
-def score_all(rows, keys, chat_of, models, spec):
-    """Saves `log_prob` (nats; None if it is not finite) and `tokens` of the last turn of chat_of(key), for each key that
-    is not there."""
+def score_all(rows, keys, chat_of, spec):
+    """Saves `log_prob` (nats; None if it is not finite) and `tokens` of the last turn of chat_of(key), for each key
+    that is not there."""
     if spec.startswith("openai:"):
         fail(f"--base {spec}: a server gives no log-probabilities of a gold response. Give a folder or a hub name.")
-    keys, done, scores = list(keys), {i for i, key in enumerate(keys) if key in rows}, ()
-    if len(done) < len(keys):
-        examples = [scored_ids(models[spec].tokenizer, chat_of(key)) for key in keys]
-        scores = models[spec].score(examples, rows.args.score_tokens, done, rows.share)
-    save_all(rows, keys, ((i, {"tokens": examples[i][1], "log_prob": round(p, 6) if np.isfinite(p) else None})
-                          for i, p in scores), "gold log-probabilities")
+    scores = ()
+    if not all(key in rows for key in keys):
+        model = open_model(spec, rows.args, rows.processes)
+        examples = {key: scored_ids(model.tokenizer, chat_of(key)) for key in keys}
+        scores = model.score(examples, rows, rows.share)
+    save_all(rows, keys, ((key, {"tokens": examples[key][1], "log_prob": round(p, 6) if np.isfinite(p) else None})
+                          for key, p in scores), "gold log-probabilities")
 
 
 def save_all(rows, keys, results, what):
-    """Saves results, (index into keys, fields of the row), as they come, under a progress bar."""
-    main, world = rows.processes.is_main_process, rows.processes.num_processes
-    with tqdm(total=len(keys), initial=sum(key in rows for key in keys), desc=what, unit="", disable=not main,
-              dynamic_ncols=True) as bar:
-        for i, fields in results:
-            if keys[i] not in rows:                             # it may be there: its batch was half done
-                rows.add({**dict(zip(rows.key, keys[i])), **fields})
-                bar.update(min(world, bar.total - bar.n))       # the other processes are about as far
+    """Saves results, (key, fields of the row), as they come, under a progress bar."""
+    share = len([key for key in keys if key not in rows][rows.share])
+    for key, fields in tqdm(results, what, share, unit="", disable=not rows.processes.is_main_process):
+        if key not in rows:                                     # it may be there: its batch was half done
+            rows.add({**dict(zip(rows.key, key)), **fields})
     rows.finish()
 
 
-def announce(rows, spec, chats, max_tokens):
-    """Says before the first paid call how many there will be, and what they may cost; --dry-run ends here. chats: the
-    prompts. Four characters are taken for a token, which is about right for English."""
-    if chats and spec.startswith("openai:"):
-        tokens = (sum(len(message["content"]) for chat in chats for message in chat) // 4,
-                  len(chats) * (rows.args.extra.get("max_completion_tokens") or max_tokens))
-        say(rows.processes, f"{spec}: {len(chats):,} calls, about {tokens[0]:,} tokens in and at most {tokens[1]:,} out"
-                            f"{cost(rows.args, *tokens)}")
+def announce(rows, *asked):
+    """Says before the first paid call how many there will be, and what they may cost; --dry-run ends here. asked:
+    (model, prompts, max_tokens). Four characters are taken for a token, which is about right for English."""
+    for spec, chats, max_tokens in asked:
+        if chats and spec.startswith("openai:"):
+            tokens = (sum(len(message["content"]) for chat in chats for message in chat) // 4,
+                      len(chats) * (rows.args.extra.get("max_completion_tokens") or max_tokens))
+            say(rows.processes, f"{spec}: {len(chats):,} calls, about {tokens[0]:,} tokens in and at most "
+                                f"{tokens[1]:,} out{cost(rows.args, *tokens)}")
     if rows.args.dry_run:
         raise SystemExit(0)
 
@@ -760,10 +727,12 @@ def mean_sem(values):
 
 
 def by_pair(rows, value):
-    """{(task_id, persona_id): mean over its samples}: a pair's samples are not independent of one another."""
+    """{(task_id, persona_id): mean over its samples}: a pair's samples are not independent of one another. A value that
+    is None is left out."""
     groups = defaultdict(list)
     for row in rows:
-        groups[pair_of(row)].append(row[value])
+        if row[value] is not None:
+            groups[pair_of(row)].append(row[value])
     return {pair: float(np.mean(group)) for pair, group in groups.items()}
 
 
@@ -780,6 +749,9 @@ def number(kind, low, high=2 ** 32 - 1):
     return parse
 
 
+natural, fraction, amount = number(int, 1), number(float, 0, 1), number(float, 0)
+
+
 def json_object(text):
     """An argparse type: {"name": value, ...}."""
     return dict(json.loads(text))
@@ -794,7 +766,7 @@ def stage_parser(manual, output, limit="work on a seeded sample of N pairs"):
     parser = argparse.ArgumentParser(description=manual, formatter_class=HelpFormatter)
     parser.add_argument("--output", required=True, metavar="PATH", help=output)
     parser.add_argument("--seed", type=number(int, 0), default=42, help="of all randomness")
-    parser.add_argument("--limit", type=number(int, 1), metavar="N", help=limit)
+    parser.add_argument("--limit", type=natural, metavar="N", help=limit)
     return parser
 
 
@@ -806,18 +778,18 @@ def add_data_flags(parser):
 def add_model_flags(parser, batch_size):
     group = parser.add_argument_group("local models (Hugging Face)")
     group.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="of the weights")
-    group.add_argument("--batch-size", type=number(int, 1), default=batch_size, help="texts generated side by side")
+    group.add_argument("--batch-size", type=natural, default=batch_size, help="texts generated side by side")
     group = parser.add_argument_group("servers (openai:MODEL or openai:MODEL@URL; key from OPENAI_API_KEY)")
     group.add_argument("--system", choices=("role", "fold"), default="role",
                        help="send a system text as its own message, or fold it into the first user message")
-    group.add_argument("--concurrency", type=number(int, 1), default=64, help="requests under way at a time")
-    group.add_argument("--timeout", type=number(int, 1), default=120, help="seconds before a request is repeated")
+    group.add_argument("--concurrency", type=natural, default=64, help="requests under way at a time")
+    group.add_argument("--timeout", type=natural, default=120, help="seconds before a request is repeated")
     group.add_argument("--extra", type=json_object, default={}, metavar="JSON",
                        help='more request arguments; null takes one away: '
                             '{"max_tokens": null, "max_completion_tokens": 900}')
-    group.add_argument("--max-refused", type=number(float, 0, 1), default=0.05, metavar="SHARE",
+    group.add_argument("--max-refused", type=fraction, default=0.05, metavar="SHARE",
                        help="of answers that are refused, filtered or empty; above it the stage stops with status 1")
-    group.add_argument("--prices", type=number(float, 0), nargs=2, metavar=("IN", "OUT"),
+    group.add_argument("--prices", type=amount, nargs=2, metavar=("IN", "OUT"),
                        help="dollars for a million tokens: tells what the calls cost")
     group.add_argument("--dry-run", action="store_true",
                        help="say how many calls would be made, and the most that they cost, and stop")

@@ -29,10 +29,10 @@ from collections import Counter, defaultdict
 
 import numpy as np
 
-from common import (Models, Request, Rows, add_data_flags, add_model_flags, announce, answer_all, by_pair, fail,
-                    fingerprint, key_of, mean_sem, number, pair_of, read_conversations, read_gold, read_personas,
-                    read_rows, read_settings, read_tasks, response_form, run, sample_pairs, say, score_all, seed_for,
-                    settings_of, stage_parser, start_processes, write_results)
+from common import (PAIR, Request, Rows, SAMPLE, add_data_flags, add_model_flags, amount, announce, answer_all, by_pair,
+                    fail, fingerprint, fraction, key_of, mean_sem, natural, number, pair_of, read_conversations,
+                    read_gold, read_personas, read_rows, read_settings, read_tasks, response_form, run, sample_pairs,
+                    say, score_all, seed_for, settings_of, stage_parser, start_processes, write_results)
 
 JUDGE_SYSTEM_PROMPT = (
     "You are an expert in evaluating assistant responses, particularly skilled in analyzing their alignment with "
@@ -63,7 +63,7 @@ def rotation(persona_ids, task_id, seed):
 
 
 def conditions(conversations, persona_ids, seed, controls):
-    """{(task_id, persona_id, sample, condition): conversation, or None for the positive control}.
+    """{(task_id, persona_id, sample, condition): conversation}.
 
     conversations: {(task_id, persona_id, sample): list of turns}; persona_ids: all of the split, so that a row stays
     what it is when --limit grows. The controls need no Questioner: one row a pair.
@@ -77,7 +77,7 @@ def conditions(conversations, persona_ids, seed, controls):
             rows[task_id, persona_id, sample, "q_random"] = conversations[source]
         if controls:
             rows[task_id, persona_id, 0, "negative_control"] = []
-            rows[task_id, persona_id, 0, "positive_control"] = None
+            rows[task_id, persona_id, 0, "positive_control"] = []
     return rows
 
 
@@ -98,10 +98,9 @@ def judge_chat(persona, task, ours, base, order):
 
 def read_verdict(raw, order):
     """"ours", "base", or None if the judge's last line does not say A or B alone, as it was told to: never a guess."""
-    lines = [line for line in raw.splitlines() if line.strip()]
-    answer = r"\W*(?:Final Response\W*)?(?:(?:Assistant )?Response )?([AB])\W*"
-    match = re.fullmatch(answer, lines[-1]) if lines else None
-    return match and ("ours" if (match.group(1) == "A") == (order == "ours_first") else "base")
+    last = raw.strip().splitlines()[-1:]
+    match = re.fullmatch(r"\W*(?:Final Response\W*)?(?:(?:Assistant )?Response )?([AB])\W*", "".join(last))
+    return match and ("ours" if (match[1] == "A") == (order == "ours_first") else "base")
 
 
 def combine(verdicts):
@@ -113,16 +112,14 @@ def sem_two_way(values):
     """Standard error of a mean over {(task, persona): value}, clustered by task and by persona: pairs that share either
     are not independent. Variance = by task + by persona - by pair, and at least that of independent pairs. None where a
     task or a persona stands alone."""
-    pairs, x = list(values), np.array(list(values.values()), float)
-    error, variance = x - x.mean() if len(x) else x, []
+    n, mean, variance = len(values), np.mean(list(values.values())), []
     for cluster in (lambda pair: pair[0], lambda pair: pair[1], lambda pair: pair):
         sums = defaultdict(float)
-        for pair, e in zip(pairs, error):
-            sums[cluster(pair)] += e
-        G = len(sums)
-        if G < 2:
+        for pair, value in values.items():
+            sums[cluster(pair)] += value - mean
+        if len(sums) < 2:
             return None
-        variance.append(G / (G - 1) * sum(s * s for s in sums.values()) / len(x) ** 2)
+        variance.append(len(sums) / (len(sums) - 1) * sum(s * s for s in sums.values()) / n ** 2)
     by_task, by_persona, independent = variance
     return math.sqrt(max(by_task + by_persona - independent, independent))
 
@@ -138,7 +135,8 @@ def table(results, metric, title):
     """Lines of the paper's table for one metric: a line for each condition, variant and Roleplayer, a column for each
     iteration. Q_BASE stands in the first column of `main`."""
     rows = [row for row in results if row["metric"] == metric]
-    several, cells = len({row["roleplayer"] for row in rows}) > 1, defaultdict(dict)
+    cells = {"": {t: f"t={t}" if t else "Q_BASE" for t in sorted({row["iteration"] for row in rows})}}     # the head
+    several = len({row["roleplayer"] for row in rows}) > 1
     for row in sorted(rows, key=lambda row: (list(CONDITIONS).index(row["condition"]), row["variant"] != "main",
                                              row["variant"], row["roleplayer"])):
         label = CONDITIONS[row["condition"]]
@@ -146,11 +144,9 @@ def table(results, metric, title):
             label = ", ".join(filter(None, (label, row["variant"], f"with {row['roleplayer']}" if several else "")))
         digits = 3 if metric.endswith(("rate", "share", "coverage")) else 2
         cell = " ± ".join(f"{value:.{digits}f}" for value in (row["mean"], row["sem"]) if value is not None)
-        cells[label][row["iteration"]] = f"{cell} ({row['n']})"
-    iterations, width = sorted({row["iteration"] for row in rows}), max(map(len, cells), default=0)
-    head = "".join(f"{'Q_BASE' if t == 0 else f't={t}':>24}" for t in iterations)
-    return ["", title, " " * width + head, *(f"{label:<{width}}" + "".join(
-        f"{line.get(t, ''):>24}" for t in iterations) for label, line in cells.items())] if rows else []
+        cells.setdefault(label, {})[row["iteration"]] = f"{cell} ({row['n']})"
+    return ["", title, *(f"{label:<{max(map(len, cells))}}" + "".join(f"{line.get(t, ''):>24}" for t in cells[""])
+                         for label, line in cells.items())] if rows else []
 
 
 def parse_args():
@@ -170,14 +166,13 @@ def parse_args():
     parser.add_argument("--split", default="test", help="of the tasks and personas")
     parser.add_argument("--metrics", nargs="+", choices=("log_prob", "win_rate"), default=["log_prob", "win_rate"],
                         help="what to measure")
-    parser.add_argument("--win-pairs", type=number(int, 1), default=300, help="pairs judged, as many of each length")
+    parser.add_argument("--win-pairs", type=natural, default=300, help="pairs judged, as many of each length")
     parser.add_argument("--both-orders", action="store_true",
                         help="judge each pair in both orders; a disagreement is a tie")
-    parser.add_argument("--max-tokens", type=number(int, 1), default=700, help="length of a response")
-    parser.add_argument("--temperature", type=number(float, 0), default=0.0, help="of the responses; 0: greedy")
-    parser.add_argument("--judge-max-tokens", type=number(int, 1), default=300, help="length of a verdict")
-    parser.add_argument("--top-p", type=number(float, 0.01, 1), default=0.9, help="of judge and sampled responses")
-    parser.add_argument("--score-tokens", type=number(int, 1), default=16384, help="tokens in a batch of scores")
+    parser.add_argument("--max-tokens", type=natural, default=700, help="length of a response")
+    parser.add_argument("--temperature", type=amount, default=0.0, help="of the responses; 0: greedy")
+    parser.add_argument("--judge-max-tokens", type=natural, default=300, help="length of a verdict")
+    parser.add_argument("--top-p", type=fraction, default=0.9, help="of judge and sampled responses")
     add_model_flags(parser, batch_size=64)
     args = parser.parse_args()
     if (args.iteration == 0) != (args.baseline is None):
@@ -187,16 +182,9 @@ def parse_args():
     return args
 
 
-def read_log_probs(path):
-    """Yields the rows of log_probs.jsonl."""
-    fields = {"task_id": str, "persona_id": str, "sample": int, "condition": str, "log_prob": (float, int, type(None))}
-    return read_rows(path, fields, ("task_id", "persona_id", "sample", "condition"))
-
-
 def read_responses(path):
     """Yields the rows of responses.jsonl that are no refusals."""
-    fields = {"task_id": str, "persona_id": str, "sample": int, "turns": int, "response": str}
-    return (row for row in read_rows(path, fields, ("task_id", "persona_id", "sample")) if "refused" not in row)
+    return (row for row in read_rows(path, SAMPLE, {"turns": int, "response": str}) if "refused" not in row)
 
 
 def roleplayer_label(conversations, given):
@@ -219,34 +207,31 @@ def check_baseline(baseline, settings):
 
 def main():
     args = parse_args()
-    tasks, personas, golds = read_tasks(args.tasks), read_personas(args.personas), read_gold(args.gold)
+    tasks, personas = read_tasks(args.tasks), read_personas(args.personas)
     everything = read_conversations(args.conversations, tasks, personas)
-    pairs = sorted(set(map(pair_of, everything)))
-    for task_id, persona_id in pairs:
+    kept = set(sample_pairs(map(pair_of, everything), args.limit, args.seed))
+    golds = read_gold(args.gold, kept)
+    for task_id, persona_id in sorted(kept):
         if not tasks[task_id]["split"] == personas[persona_id]["split"] == args.split:
             fail(f"{args.conversations}: {task_id} is not of --split {args.split}. Name the split that was simulated.")
-        if (task_id, persona_id) not in golds:
-            fail(f"{args.gold}: no gold response for {task_id}, {persona_id}. Run gold.py for this split, with the "
-                 "--limit and --seed of simulate.py.")
-    kept = set(sample_pairs(pairs, args.limit, args.seed))
     conversations = {key_of(row): row["conversation"] for row in everything
                      if pair_of(row) in kept and "refused" not in row}
-    turns = {key[:2]: len(conversation) // 2 for key, conversation in conversations.items()}
+    if not conversations:
+        fail(f"{args.conversations}: no conversation. Simulate some first.")
+    samples, turns = defaultdict(list), {}
+    for (*pair, sample), conversation in conversations.items():
+        samples[tuple(pair)].append(sample)
+        turns[tuple(pair)] = len(conversation) // 2
     simulation = read_settings(args.conversations)
-    K = simulation.get("max_turns") or max(turns.values(), default=0)
-    if not 0 < K <= args.win_pairs:
-        fail(f"{args.conversations}: no conversation, or more lengths ({K}) than --win-pairs. Simulate some first.")
     args.roleplayer = roleplayer_label(args.conversations, args.roleplayer)
-    label = {name: getattr(args, name) for name in ("variant", "iteration", "split", "roleplayer")}
     more = {"prompts": [JUDGE_SYSTEM_PROMPT, JUDGE_PROMPT], **{
         f"simulate {name}": value for name, value in simulation.items() if name not in ("questioner", "source")}}
     if args.baseline:
         check_baseline(args.baseline, settings_of(args, **more))
     processes, results = start_processes(), []
-    models = Models(args, processes)
 
     def output(name, *key, **inputs):
-        return Rows(args, f"{args.output}/{name}.jsonl", ("task_id", "persona_id", *key), processes, **more, **inputs)
+        return Rows(args, f"{args.output}/{name}.jsonl", (*PAIR, *key), processes, **more, **inputs)
 
     def form(pair, conversation, persona=None):
         return response_form(personas[pair[1]]["name"], tasks[pair[0]]["task"], conversation, persona)
@@ -254,23 +239,30 @@ def main():
     def add_result(metric, condition, values, **counts):
         """values: {(task_id, persona_id): value}"""
         mean, sem, n = mean_sem(list(values.values()))
-        results.append({**label, "metric": metric, "condition": condition, "mean": mean, "sem": sem,
-                        "sem_two_way": sem_two_way(values), "n": n, **counts})
+        results.append({"variant": args.variant, "iteration": args.iteration, "split": args.split,
+                        "roleplayer": args.roleplayer, "metric": metric, "condition": condition, "mean": mean,
+                        "sem": sem, "sem_two_way": sem_two_way(values), "n": n,
+                        "interval_95": sem and [mean - 1.96 * sem, mean + 1.96 * sem], **counts})
 
-    def judge_request(pair, order, ours="", base=""):
-        chat = judge_chat(personas[pair[1]]["persona"], tasks[pair[0]]["task"], ours, base, order)
-        return Request(chat, seed_for(args.seed, "judge", *pair, order))
-
-    def orders(pair):
-        both = ["ours_first", "base_first"]
-        return both if args.both_orders else [both[seed_for(args.seed, "order", *pair) % 2]]
-
+    # What will be asked: Q_t for a response to one random conversation of each of the win rate's pairs, and a judge.
+    K = simulation.get("max_turns") or max(turns.values())
     pairs = win_pairs(turns, args.win_pairs, K, args.seed)
+    keys = [(*pair, samples[pair][seed_for(args.seed, "sample", *pair) % len(samples[pair])]) for pair in pairs]
+    respond = {key: Request(form(key, conversations[key]), seed_for(args.seed, "respond", *key)) for key in keys}
+    both = ["ours_first", "base_first"]
+    orders = {pair: both if args.both_orders else [both[seed_for(args.seed, "order", *pair) % 2]] for pair in pairs}
+
+    def judge(ours, base):
+        return {(*pair, order): Request(judge_chat(personas[pair[1]]["persona"], tasks[pair[0]]["task"], ours[pair],
+                                                   base[pair], order), seed_for(args.seed, "judge", *pair, order))
+                for pair in pairs if pair in ours and pair in base for order in orders[pair]}
+
     if args.dry_run:
-        longest = "?" * 4 * args.max_tokens
-        announce(output("verdicts", "order"), args.judge or "", [
-            judge_request(pair, order, longest, longest).chat for pair in pairs for order in orders(pair)],
-            args.judge_max_tokens)
+        longest = dict.fromkeys(pairs, "?" * 4 * args.max_tokens)
+        announce(output("verdicts", "order"),
+                 (args.questioner, [request.chat for request in respond.values()], args.max_tokens),
+                 (args.judge or "", [request.chat for request in judge(longest, longest).values()],
+                  args.judge_max_tokens))
 
     # 1. Gold log-probabilities: log p_QBASE(gold | task, conversation) in each condition.
     if "log_prob" in args.metrics:
@@ -280,57 +272,47 @@ def main():
                  if golds[key[:2]] is not None}
 
         def scored_chat(key):
-            talk = talks[key]
-            chat = form(key[:2], talk or [], personas[key[1]]["persona"] if talk is None else None)
-            return [*chat, {"role": "assistant", "content": golds[key[:2]]}]
+            persona = personas[key[1]]["persona"] if key[3] == "positive_control" else None
+            return [*form(key, talks[key], persona), {"role": "assistant", "content": golds[key[:2]]}]
 
-        score_all(log_probs, talks, scored_chat, models, args.base)
-        base = list(read_log_probs(f"{args.baseline}/log_probs.jsonl")) if args.baseline else []
+        score_all(log_probs, talks, scored_chat, args.base)
+        base = list(read_rows(f"{args.baseline}/log_probs.jsonl", {**SAMPLE, "condition": str},
+                              {"log_prob": float | int | None})) if args.baseline else []
         for condition in list(CONDITIONS)[:-1]:
-            finite = (lambda row: row["condition"] == condition and row["log_prob"] is not None)
-            ours, theirs = (by_pair(filter(finite, rows), "log_prob") for rows in ([log_probs[k] for k in talks], base))
+            ours, theirs = (by_pair([row for row in rows if row["condition"] == condition], "log_prob")
+                            for rows in ([log_probs[key] for key in talks], base))
             if ours:
                 add_result("gold_log_prob", condition, ours)
             if ours and args.baseline:
                 add_result("gold_log_prob_gain", condition, {p: ours[p] - theirs[p] for p in ours if p in theirs})
 
-    # 2. Responses: Q_t answers after one random conversation of each of the win rate's pairs.
+    # 2. Responses.
     if "win_rate" in args.metrics:
-        samples = defaultdict(list)
-        for *pair, sample in conversations:
-            samples[tuple(pair)].append(sample)
-        keys = [(*pair, samples[pair][seed_for(args.seed, "sample", *pair) % len(samples[pair])]) for pair in pairs]
         responses = output("responses", "sample")
-        answer_all(responses, {key: Request(form(key[:2], conversations[key]), seed_for(args.seed, "respond", *key))
-                               for key in keys}, models, args.questioner,
-                   (args.temperature, args.top_p, args.max_tokens), "responses",
+        answer_all(responses, respond, args.questioner, (args.temperature, args.top_p, args.max_tokens), "responses",
                    lambda key, reply: {"turns": turns[key[:2]], "response": reply.text})
 
     # 3. Verdicts: a judge who sees the persona compares them with Q_BASE's.
     if args.judge:
         ours = {key[:2]: responses[key]["response"] for key in keys if "refused" not in responses[key]}
         base = {pair_of(row): row["response"] for row in read_responses(f"{args.baseline}/responses.jsonl")}
-        both = [pair for pair in pairs if pair in ours and pair in base]
-        requests = {(*pair, order): judge_request(pair, order, ours[pair], base[pair])
-                    for pair in both for order in orders(pair)}
+        requests = judge(ours, base)
         # Responses that are made again make the verdicts on the old ones stale.
         verdicts = output("verdicts", "order", responses=fingerprint(f"{args.output}/responses.jsonl"))
-        answer_all(verdicts, requests, models, args.judge, (0.0, args.top_p, args.judge_max_tokens),
-                   "verdicts", lambda key, reply: {"turns": turns[key[:2]], "verdict": read_verdict(reply.text, key[2]),
-                                                   "raw": reply.text})
-        verdict = {pair: combine([verdicts[(*pair, order)]["verdict"] for order in orders(pair)]) for pair in both}
-        refused = sum(any("refused" in verdicts[(*pair, order)] for order in orders(pair)) for pair in both)
+
+        def verdict_row(key, reply):
+            verdict = read_verdict(reply.text, key[2])
+            return {"turns": turns[key[:2]], "verdict": verdict, "raw": reply.text,
+                    **({} if verdict else {"refused": "unreadable"})}
+
+        answer_all(verdicts, requests, args.judge, (0.0, args.top_p, args.judge_max_tokens), "verdicts", verdict_row)
+        verdict = {key[:2]: combine([verdicts[(*key[:2], order)]["verdict"] for order in orders[key[:2]]])
+                   for key in requests}
         points, count = {"ours": 1.0, "tie": 0.5, "base": 0.0}, Counter(verdict.values())
-        values = {pair: points[verdict[pair]] for pair in both if verdict[pair]}
-        if not values:
-            fail(f"{verdicts.path}: no readable verdict among {len(both)}. Look at `raw` there; then try another "
-                 "--judge or a larger --judge-max-tokens.")
-        mean, sem, _ = mean_sem(list(values.values()))
-        add_result("win_rate", "", values, wins=count["ours"], losses=count["base"], ties=count["tie"],
-                   refused_verdicts=refused, unreadable=count[None] - refused,
-                   interval_95=[mean - 1.96 * (sem or 0), mean + 1.96 * (sem or 0)])
-        say(processes, f"{verdicts.summary()}; {args.win_pairs // K * K} pairs wanted, {len(pairs)} there, {len(both)} "
-                       f"answered, {refused} verdicts refused, {count[None] - refused} unreadable")
+        add_result("win_rate", "", {pair: points[v] for pair, v in verdict.items() if v}, wins=count["ours"],
+                   losses=count["base"], ties=count["tie"], unreadable=count[None])
+        say(processes, f"{verdicts.summary()}; {args.win_pairs // K * K} pairs wanted, {len(pairs)} there, "
+                       f"{len(verdict)} answered, {count[None]} without a verdict")
 
     # 4. The tables.
     if processes.is_main_process:

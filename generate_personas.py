@@ -17,8 +17,8 @@ import random
 import re
 from collections import Counter
 
-from common import (Models, Request, Rows, add_model_flags, answer_all, fail, number, read_rows, run, say, seed_for,
-                    stage_parser, start_processes)
+from common import (Request, Rows, add_model_flags, amount, answer_all, fail, fraction, natural, read_rows, run, say,
+                    seed_for, stage_parser, start_processes)
 
 SYSTEM_PROMPT = (
     "You are a helpful AI assistant, particularly skilled at writing creative, diverse personas in the form of "
@@ -58,22 +58,10 @@ def name_in(persona):
     return name.title() if name.isupper() else name
 
 
-def why_not(persona, name, taken):
-    """Why a reply cannot be a persona, or None. taken: the personas so far, each with `name` and `persona`."""
-    if not persona:
-        return "empty"
-    if name is None:
-        return "no name"
-    if any(name.lower() == other["name"].lower() for other in taken):
-        return "name taken"
-    if any(persona == other["persona"] for other in taken):
-        return "text taken"
-
-
 def read_examples(path):
     """The example personas as texts: a JSONL file with `persona`, or PRODIGy's characters.json."""
     if not path.endswith(".json"):
-        examples = [row["persona"] for row in read_rows(path, {"persona_id": str, "persona": str}, ("persona_id",))]
+        examples = [row["persona"] for row in read_rows(path, {"persona_id": str}, {"persona": str})]
     else:
         try:
             characters = json.load(open(path, encoding="utf-8"))
@@ -87,62 +75,61 @@ def read_examples(path):
 
 def persona_splits(text):
     """"A=50,test=10" -> [("A00", "A"), ..., ("test09", "test")]."""
-    if not re.fullmatch(r"[A-Za-z]+=[1-9]\d*(,[A-Za-z]+=[1-9]\d*)*", text):
-        raise ValueError
-    sizes = [part.split("=") for part in text.split(",")]
-    return [(f"{split}{i:02d}", split) for split, size in sizes for i in range(int(size))]
+    sizes = dict(part.split("=") for part in text.split(","))
+    return [(f"{split}{i:02d}", split) for split, size in sizes.items() for i in range(natural(size))]
 
 
 def parse_args():
-    parser = stage_parser(__doc__, "personas (JSONL)", "write a seeded sample of N of the personas")
+    parser = stage_parser(__doc__, "personas (JSONL)", "write the first N of the personas")
     parser.add_argument("--model", required=True, help="who writes; the paper: gpt-4-0613, which is no more")
     parser.add_argument("--examples", default="data/seed_personas.jsonl", help="or PRODIGy's characters.json (21 ids)")
     parser.add_argument("--splits", type=persona_splits, default="A=50,B=50,test=10", help="how many for each split")
-    parser.add_argument("--temperature", type=number(float, 0), default=1.4, help="high: people should differ")
-    parser.add_argument("--top-p", type=number(float, 0.01, 1), default=0.9, help="mass of the nucleus")
-    parser.add_argument("--max-tokens", type=number(int, 1), default=400, help="length of a persona")
-    parser.add_argument("--attempts", type=number(int, 1), default=20, help="how often a persona is asked for at most")
+    parser.add_argument("--temperature", type=amount, default=1.4, help="high: people should differ")
+    parser.add_argument("--top-p", type=fraction, default=0.9, help="mass of the nucleus")
+    parser.add_argument("--max-tokens", type=natural, default=400, help="length of a persona")
+    parser.add_argument("--attempts", type=natural, default=20, help="how often a persona is asked for at most")
     add_model_flags(parser, batch_size=32)
     return parser.parse_args()
 
 
 def main():
     args = parse_args()
-    examples, processes = read_examples(args.examples), start_processes()
-    models, rejected = Models(args, processes), Counter()
+    examples, processes, rejected = read_examples(args.examples), start_processes(), Counter()
     # More people or attempts may be wanted later: these are no settings. Every reply is kept: it was paid for, and who
     # is accepted depends on the order of the personas, not on which reply was fastest.
     settings = {"prompts": [SYSTEM_PROMPT, PROMPT], "splits": None, "attempts": None}
     rows = Rows(args, args.output, ("persona_id",), processes, **settings)
     replies = Rows(args, args.output.removesuffix(".jsonl") + ".replies.jsonl", ("persona_id", "attempt"), processes,
                    **settings)
-    wanted = sorted(args.splits, key=lambda w: seed_for(args.seed, "limit", w[0]))[:args.limit]
-    missing, taken = [w for w in args.splits if w in wanted and w[:1] not in rows], list(rows.values())
+    taken = {row["name"].lower(): row for row in rows.values()}
+    missing = [(persona_id, split) for persona_id, split in args.splits[:args.limit] if (persona_id,) not in rows]
     for attempt in range(args.attempts if missing else 0):
         requests = {(persona_id, attempt): persona_request(examples, seed_for(args.seed, persona_id, attempt))
                     for persona_id, _ in missing}
-        answer_all(replies, requests, models, args.model, (args.temperature, args.top_p, args.max_tokens),
+        answer_all(replies, requests, args.model, (args.temperature, args.top_p, args.max_tokens),
                    f"personas, attempt {attempt + 1}", lambda key, reply: {"reply": reply.text})
         asked, missing = missing, []
         for persona_id, split in asked:
             answer = replies[persona_id, attempt]
-            text, name = answer["reply"], name_in(answer["reply"])
-            why = "refused" if "refused" in answer else "cut" if "cut" in answer else why_not(text, name, taken)
+            name = name_in(answer["reply"])
+            why = ("refused" if "refused" in answer else "cut" if "cut" in answer else "no name" if name is None else
+                   "name taken" if name.lower() in taken else None)
             if why:
                 rejected[why] += 1
                 missing.append((persona_id, split))
             else:
-                taken.append({"persona_id": persona_id, "split": split, "name": name, "persona": text})
+                row = {"persona_id": persona_id, "split": split, "name": name, "persona": answer["reply"]}
+                taken[name.lower()] = row
                 if processes.is_main_process:
-                    rows.add(taken[-1])
+                    rows.add(row)
         if not missing:
             break
     again = ", ".join(f"{number} {why}" for why, number in sorted(rejected.items())) or "none"
-    say(processes, "", taken[0]["persona"] if taken else "", "", replies.summary(),
+    say(processes, "", *[row["persona"] for row in taken.values()][:1], "", replies.summary(),
         f"{args.output}: {len(taken)} personas; replies that could not be one: {again}")
     if missing:                                                 # the next run goes on with the parts
-        fail(f"{len(missing)} of {len(wanted)} personas are still missing after {args.attempts} attempts each: start "
-             "again with more --attempts, or with another --model.", status=1)
+        fail(f"{len(missing)} personas are still missing after {args.attempts} attempts each: start again with more "
+             "--attempts, or with another --model.", status=1)
     rows.finish()
 
 

@@ -16,8 +16,8 @@ On a laptop, with the embedded world's server (toy/server.py) running:
 The paper's scale, 2 x 250 x 50 + 50 x 10 = 25,500 calls:
     python gold.py --oracle openai:MODEL --personas runs/paper/personas.jsonl --output runs/paper/gold.jsonl
 """
-from common import (Models, Request, Rows, add_data_flags, add_model_flags, all_pairs, answer_all, number,
-                    read_personas, read_tasks, run, say, seed_for, stage_parser, start_processes)
+from common import (PAIR, Request, Rows, add_data_flags, add_model_flags, all_pairs, amount, answer_all, fraction,
+                    natural, read_personas, read_tasks, run, say, seed_for, stage_parser, start_processes)
 
 SYSTEM_PROMPT = (
     "You are a helpful AI assistant, particularly skilled at providing personalized, satisfying answers to users "
@@ -49,9 +49,9 @@ def parse_args():
     parser.add_argument("--oracle", required=True, help="the paper: gpt-4-0613, which is no more")
     add_data_flags(parser)
     parser.add_argument("--split", nargs="+", default=["A", "B", "test"], help="one or more splits")
-    parser.add_argument("--temperature", type=number(float, 0), default=0.0, help="0: greedy")
-    parser.add_argument("--top-p", type=number(float, 0.01, 1), default=0.9, help="mass of the nucleus")
-    parser.add_argument("--max-tokens", type=number(int, 1), default=300, help="length of a gold response")
+    parser.add_argument("--temperature", type=amount, default=0.0, help="0: greedy")
+    parser.add_argument("--top-p", type=fraction, default=0.9, help="mass of the nucleus")
+    parser.add_argument("--max-tokens", type=natural, default=300, help="length of a gold response")
     add_model_flags(parser, batch_size=32)
     return parser.parse_args()
 
@@ -59,22 +59,19 @@ def parse_args():
 def main():
     args = parse_args()
     tasks, personas, processes = read_tasks(args.tasks), read_personas(args.personas), start_processes()
-    pairs = {(task["task_id"], persona["persona_id"]): (task, persona) for split in args.split
-             for task, persona in all_pairs(tasks, personas, split, args.limit, args.seed)}
+    pairs = [pair for split in args.split for pair in all_pairs(tasks, personas, split, args.limit, args.seed)]
     # `split` is no setting: golds of another split may be added.
-    rows = Rows(args, args.output, ("task_id", "persona_id"), processes, prompts=[SYSTEM_PROMPT, PROMPT], split=None)
-    requests = {pair: Request(oracle_chat(persona["persona"], task["task"]), seed_for(args.seed, "gold", *pair))
-                for pair, (task, persona) in pairs.items()}
+    rows = Rows(args, args.output, PAIR, processes, prompts=[SYSTEM_PROMPT, PROMPT], split=None)
+    requests = {(i, j): Request(oracle_chat(personas[j]["persona"], tasks[i]["task"]),
+                                seed_for(args.seed, "gold", i, j)) for i, j in pairs}
 
-    def fields(pair, reply):
-        if not reply.text and not reply.refused:                # an empty gold would make any conversation the best
-            return {"gold": "", "refused": "empty"}
-        return {"split": pairs[pair][0]["split"], "gold": reply.text}
+    def fields(pair, reply):                                    # an empty gold would make any conversation the best
+        return {"split": tasks[pair[0]]["split"], "gold": reply.text, **({} if reply.text else {"refused": "empty"})}
 
-    answer_all(rows, requests, Models(args, processes), args.oracle,
-               (args.temperature, args.top_p, args.max_tokens), "gold responses", fields)
-    pair, (task, persona) = next(iter(pairs.items()))
-    say(processes, "", task["task"], persona["persona"], f"-> {rows[pair]['gold']}", "", rows.summary())
+    sampling = args.temperature, args.top_p, args.max_tokens
+    answer_all(rows, requests, args.oracle, sampling, "gold responses", fields)
+    i, j = pairs[0]
+    say(processes, "", tasks[i]["task"], personas[j]["persona"], f"-> {rows[i, j]['gold']}", "", rows.summary())
 
 
 if __name__ == "__main__":

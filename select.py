@@ -34,8 +34,8 @@ else:
     import math
     from collections import defaultdict
 
-    from common import (Models, Request, Rows, add_data_flags, add_model_flags, answer_all, fail, key_of, lines_of,
-                        number, pair_of, read_conversations, read_gold, read_personas, read_tasks, response_form, run,
+    from common import (Request, Rows, SAMPLE, add_data_flags, add_model_flags, answer_all, fail, key_of, lines_of,
+                        natural, pair_of, read_conversations, read_gold, read_personas, read_tasks, response_form, run,
                         sample_pairs, save_all, say, score_all, seed_for, stage_parser, start_processes)
 
 # Not in the paper: the released code puts this before the first turn when it samples the response, and leaves it out
@@ -89,38 +89,34 @@ def parse_args():
     add_data_flags(parser)
     parser.add_argument("--gold", default="runs/gold.jsonl", help="gold responses (JSONL)")
     parser.add_argument("--conversations", required=True, help="conversations (JSONL)")
-    parser.add_argument("--k", type=number(int, 1), default=1, help="conversations kept for each pair")
+    parser.add_argument("--k", type=natural, default=1, help="conversations kept for each pair")
     parser.add_argument("--pick", choices=("best", "random"), default="best", help="random: a control")
     parser.add_argument("--no-response", action="store_true", help="no regularisation response (the no_reg ablation)")
     parser.add_argument("--response-prompt", action="store_true",
                         help="respond under the released code's extra prompt")
-    parser.add_argument("--max-tokens", type=number(int, 1), default=700, help="length of a response")
-    parser.add_argument("--score-tokens", type=number(int, 1), default=16384, help="tokens in a batch of scores")
+    parser.add_argument("--max-tokens", type=natural, default=700, help="length of a response")
     add_model_flags(parser, batch_size=64)
     return parser.parse_args()
 
 
 def main():
     args = parse_args()
-    tasks, personas, golds = read_tasks(args.tasks), read_personas(args.personas), read_gold(args.gold)
+    tasks, personas = read_tasks(args.tasks), read_personas(args.personas)
     everything = read_conversations(args.conversations, tasks, personas)
-    pairs = set(sample_pairs(sorted(set(map(pair_of, everything))), args.limit, args.seed))
+    pairs = set(sample_pairs(map(pair_of, everything), args.limit, args.seed))
+    golds = read_gold(args.gold, pairs)
     rows = {key_of(row): row for row in everything
-            if "refused" not in row and pair_of(row) in pairs and golds.get(pair_of(row))}
-    if not rows or not pairs <= set(golds):
-        fail(f"{args.gold}: no gold response for {min(pairs - set(golds), default='any pair')}, which "
-             f"{args.conversations} talks about. Run gold.py for that split, with simulate.py's --limit and --seed.")
+            if "refused" not in row and pair_of(row) in pairs and golds[pair_of(row)]}
     processes = start_processes()
-    models, columns = Models(args, processes), ("task_id", "persona_id", "sample")
-    scores = Rows(args, args.output.removesuffix(".jsonl") + ".scores.jsonl", columns, processes)
+    scores = Rows(args, args.output.removesuffix(".jsonl") + ".scores.jsonl", SAMPLE, processes)
     prompt = PERSONALISATION_PROMPT if args.response_prompt else None
-    output = Rows(args, args.output, columns, processes, prompt=prompt)
+    output = Rows(args, args.output, SAMPLE, processes, prompt=prompt)
 
     def form(row):
         return personas[row["persona_id"]]["name"], tasks[row["task_id"]]["task"], row["conversation"]
 
     # Line 4: log p_QBASE(g | t, s) of every conversation; the best of each pair.
-    score_all(scores, rows, lambda key: gold_chat(*form(rows[key]), golds[key[:2]]), models, args.base)
+    score_all(scores, rows, lambda key: gold_chat(*form(rows[key]), golds[key[:2]]), args.base)
     log_probs = defaultdict(dict)                               # pair -> {sample: log p(gold)}
     for *pair, sample in rows:
         log_probs[tuple(pair)][sample] = scores[(*pair, sample)]["log_prob"]
@@ -129,15 +125,15 @@ def main():
     chosen = {key: {**row, "gold_log_prob": scores[key]["log_prob"], "response": None}
               for key, row in rows.items() if key[2] in keep[key[:2]]}
     if not chosen:
-        fail(f"{args.conversations}: no finite log-probability of a gold response. Look at the model --base.")
+        fail(f"{args.conversations}: no gold response has a finite log-probability. Look at its rows, and at --base.")
     if any(key not in chosen for key in output if key[:2] in keep):
         fail(f"{args.output}: has conversations that are not selected now: the scores have changed. Give another one.")
 
     # Line 5: r <- Q_{t-1}(t, s*), greedily.
     if args.no_response:
-        save_all(output, list(chosen), enumerate(chosen.values()) if processes.is_main_process else (), "selected")
+        save_all(output, chosen, chosen.items() if processes.is_main_process else (), "selected")
     else:
-        answer_all(output, {key: Request(response_chat(*form(row), prompt)) for key, row in chosen.items()}, models,
+        answer_all(output, {key: Request(response_chat(*form(row), prompt)) for key, row in chosen.items()},
                    args.questioner, (0.0, 1.0, args.max_tokens), "responses",
                    lambda key, reply: {**chosen[key], "response": reply.text})
     finite = [scores[key]["log_prob"] for key in rows if scores[key]["log_prob"] is not None]

@@ -22,8 +22,9 @@ The paper's scale, 250 x 50 x 10 = 125,000 conversations (and the Roleplayer on 
 """
 from collections import Counter
 
-from common import (Request, Rows, add_data_flags, add_model_flags, all_pairs, announce, key_of, lines_of, number,
-                    open_model, read_personas, read_tasks, run, save_all, say, seed_for, stage_parser, start_processes)
+from common import (Request, Rows, SAMPLE, add_data_flags, add_model_flags, all_pairs, amount, announce, fraction,
+                    lines_of, natural, open_model, read_personas, read_tasks, run, save_all, say, seed_for,
+                    stage_parser, start_processes)
 
 ELICITATION_PROMPT = (
     "A user named {name} has approached you with a request for help. The user's preferences, background and "
@@ -96,21 +97,21 @@ def roleplayer_chat(persona, task, conversation):
 def simulate(rows, ask, answer):
     """Advances all conversations together, turn by turn, so that each step is one batch.
 
-    rows: dicts with `turns` (how many questions), `conversation` ([], filled here), `cut` (0) and `usage` (Counter(),
-    counted here), and what `ask` and `answer` need.
-    ask, answer: (rows, turn) -> iterator of (index into rows, Reply) by the Questioner and the Roleplayer.
+    rows: {key: dict} with `turns` (how many questions), `conversation` ([], filled here), `cut` (0) and `usage`
+    (Counter(), counted here).
+    ask, answer: (rows, turn) -> iterator of (key, Reply) by the Questioner and the Roleplayer.
     A conversation in which a model declines ends there, and its row gets `refused`.
     """
-    for turn in range(max(row["turns"] for row in rows)):
+    for turn in range(max(row["turns"] for row in rows.values())):
         for role, speak in (("assistant", ask), ("user", answer)):
-            alive = [row for row in rows if row["turns"] > turn and "refused" not in row]
-            for i, reply in speak(alive, turn) if alive else ():
-                alive[i]["usage"].update(reply.usage or {})
+            alive = {key: row for key, row in rows.items() if row["turns"] > turn and "refused" not in row}
+            for key, reply in speak(alive, turn):
+                rows[key]["usage"].update(reply.usage or {})
                 if reply.refused:
-                    alive[i]["refused"] = f"{role}, turn {turn + 1}: {reply.refused}"
+                    rows[key]["refused"] = f"{role}, turn {turn + 1}: {reply.refused}"
                 else:
-                    alive[i]["conversation"].append({"role": role, "content": reply.text})
-                    alive[i]["cut"] += reply.cut
+                    rows[key]["conversation"].append({"role": role, "content": reply.text})
+                    rows[key]["cut"] += reply.cut
 
 
 def parse_args():
@@ -119,12 +120,12 @@ def parse_args():
     parser.add_argument("--roleplayer", default="mistralai/Mixtral-8x7B-Instruct-v0.1", help="plays the user")
     add_data_flags(parser)
     parser.add_argument("--split", default="A", help="A, B, A for iterations 1, 2, 3; test to evaluate")
-    parser.add_argument("--samples", type=number(int, 1), default=10, metavar="n", help="conversations for each pair")
-    parser.add_argument("--max-turns", type=number(int, 1), default=3, metavar="K", help="most questions in one")
-    parser.add_argument("--temperature", type=number(float, 0), default=0.9, help="of the Questioner")
-    parser.add_argument("--top-p", type=number(float, 0.01, 1), default=0.9, help="of the nucleus, for both")
-    parser.add_argument("--roleplayer-temperature", type=number(float, 0), default=0.0, help="0: greedy")
-    parser.add_argument("--max-tokens", type=number(int, 1), default=700, help="length of a question, and of an answer")
+    parser.add_argument("--samples", type=natural, default=10, metavar="n", help="conversations for each pair")
+    parser.add_argument("--max-turns", type=natural, default=3, metavar="K", help="most questions in one")
+    parser.add_argument("--temperature", type=amount, default=0.9, help="of the Questioner")
+    parser.add_argument("--top-p", type=fraction, default=0.9, help="of the nucleus, for both")
+    parser.add_argument("--roleplayer-temperature", type=amount, default=0.0, help="0: greedy")
+    parser.add_argument("--max-tokens", type=natural, default=700, help="length of a question, and of an answer")
     add_model_flags(parser, batch_size=160)
     return parser.parse_args()
 
@@ -132,50 +133,48 @@ def parse_args():
 def main():
     args = parse_args()
     tasks, personas, processes = read_tasks(args.tasks), read_personas(args.personas), start_processes()
-    output = Rows(args, args.output, ("task_id", "persona_id", "sample"), processes,
+    output = Rows(args, args.output, SAMPLE, processes,
                   prompts=[ELICITATION_PROMPT, ROLEPLAYER_SYSTEM_PROMPT, ROLEPLAYER_PROMPT])
-    rows = [{"task_id": task["task_id"], "persona_id": persona["persona_id"], "sample": sample, "split": args.split,
-             "turns": number_of_turns(task["task_id"], persona["persona_id"], args.max_turns, args.seed),
-             "conversation": [], "cut": 0, "usage": Counter()}
-            for task, persona in all_pairs(tasks, personas, args.split, args.limit, args.seed)
+    keys = [(*pair, sample) for pair in all_pairs(tasks, personas, args.split, args.limit, args.seed)
             for sample in range(args.samples)]
-    rows.sort(key=lambda row: row["turns"])                     # stable; the rows of a block stay alive equally long
+    turns = {key: number_of_turns(*key[:2], args.max_turns, args.seed) for key in keys}
+    keys.sort(key=turns.get)                                    # stable; the rows of a block stay alive equally long
     # A block goes turn by turn, and is saved as a whole. A pair's n samples share it, and the beginning of a prompt.
     size = max(1, args.batch_size // args.samples) * args.samples
-    blocks = [rows[i:i + size] for i in range(0, len(rows), size)]
-    todo = [block for block in blocks if not all(key_of(row) in output for row in block)]
+    blocks = [keys[i:i + size] for i in range(0, len(keys), size)]
+    todo = [block for block in blocks if not all(key in output for key in block)]
 
     def ask(alive, turn):
-        requests = [Request(questioner_chat(personas[row["persona_id"]]["name"], tasks[row["task_id"]]["task"],
-                                            row["conversation"]), seed_for(args.seed, "ask", *key_of(row), turn))
-                    for row in alive]
-        return questioner.generate(requests, args.temperature, args.top_p, args.max_tokens)
+        return questioner.generate({key: Request(
+            questioner_chat(personas[key[1]]["name"], tasks[key[0]]["task"], row["conversation"]),
+            seed_for(args.seed, "ask", *key, turn)) for key, row in alive.items()},
+            args.temperature, args.top_p, args.max_tokens)
 
-    def seen_by_user(row):
-        return roleplayer_chat(personas[row["persona_id"]]["persona"], tasks[row["task_id"]]["task"],
-                               row["conversation"])
+    def seen_by_user(key, conversation=()):
+        return roleplayer_chat(personas[key[1]]["persona"], tasks[key[0]]["task"], conversation)
 
     def answer(alive, turn):
-        requests = [Request(seen_by_user(row), seed_for(args.seed, "answer", *key_of(row), turn)) for row in alive]
-        return roleplayer.generate(requests, args.roleplayer_temperature, args.top_p, args.max_tokens)
+        return roleplayer.generate({key: Request(
+            seen_by_user(key, row["conversation"]), seed_for(args.seed, "answer", *key, turn))
+            for key, row in alive.items()}, args.roleplayer_temperature, args.top_p, args.max_tokens)
 
-    prompts = [seen_by_user(row) for block in todo for row in block for turn in range(row["turns"])]
-    for spec in (args.questioner, args.roleplayer):             # (the prompts without what will have been said before)
-        announce(output, spec, prompts, args.max_tokens)
+    prompts = [seen_by_user(key) for block in todo for key in block for turn in range(turns[key])]
+    # (The prompts without what will have been said before; the Questioner's are about as long.)
+    announce(output, *((spec, prompts, args.max_tokens) for spec in (args.questioner, args.roleplayer)))
     if todo:
         questioner = open_model(args.questioner, args, processes)
         roleplayer = questioner if args.roleplayer == args.questioner else open_model(args.roleplayer, args, processes)
-    index = {key_of(row): i for i, row in enumerate(rows)}
 
     def simulated():
         for block in todo[output.share]:
-            simulate(block, ask, answer)
-            for row in block:
-                yield index[key_of(row)], {name: row[name] for name in row if row[name] or name not in ("cut", "usage")}
+            rows = {key: {"split": args.split, "turns": turns[key], "conversation": [], "cut": 0, "usage": Counter()}
+                    for key in block}
+            simulate(rows, ask, answer)
+            for key, row in rows.items():
+                yield key, {name: value for name, value in row.items() if value or name == "conversation"}
 
-    save_all(output, list(index), simulated(), "conversations")
-    row = output[key_of(rows[0])]
-    say(processes, "", tasks[row["task_id"]]["task"], *lines_of(row.get("conversation", [])), "", output.summary())
+    save_all(output, keys, simulated(), "conversations")
+    say(processes, "", tasks[keys[0][0]]["task"], *lines_of(output[keys[0]]["conversation"]), "", output.summary())
 
 
 if __name__ == "__main__":

@@ -24,15 +24,15 @@ import os
 import shutil
 import subprocess
 from collections import defaultdict
-from contextlib import nullcontext
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from torch.nn.utils.rnn import pad_sequence
 
-from common import (add_data_flags, fail, load_model, load_tokenizer, number, pair_of, read_conversations, read_gold,
-                    read_personas, read_tasks, response_form, run, sample_pairs, say, settings_of, stage_parser,
-                    start_processes, take_output, tqdm, training_examples)
+from common import (add_data_flags, amount, fail, fraction, load_model, load_tokenizer, natural, pair_of,
+                    read_conversations, read_gold, read_personas, read_tasks, response_form, run, sample_pairs, say,
+                    settings_of, stage_parser, start_processes, take_output, tqdm, training_examples)
 
 
 def example_chat(name, task, conversation, response=None):
@@ -42,13 +42,11 @@ def example_chat(name, task, conversation, response=None):
     return form[:-1] if response is None else [*form, {"role": "assistant", "content": response}]
 
 
-def collate(examples, pad, device=None):
+def collate(examples, device=None):
     """[(ids, labels)] -> ids and labels, each (B, T), padded on the right. A causal model needs no mask for that: no
     token sees what comes after it. (Made from `ids != pad`, where pad is EOS, a mask would hide each end of a turn.)"""
-    T = max(len(ids) for ids, _ in examples)
-    ids = [row + [pad] * (T - len(row)) for row, _ in examples]
-    labels = [row + [-100] * (T - len(row)) for _, row in examples]
-    return torch.tensor(ids, device=device), torch.tensor(labels, device=device)
+    return [pad_sequence([torch.tensor(row, device=device) for row in rows], batch_first=True, padding_value=value)
+            for rows, value in zip(zip(*examples), (0, -100))]
 
 
 def sum_loss(model, ids, labels):
@@ -64,7 +62,7 @@ def sum_loss(model, ids, labels):
                            ignore_index=-100, reduction="sum")
 
 
-def mean_loss(accelerator, model, batch, micro_batch_size, pad, learn=False):
+def mean_loss(accelerator, model, batch, micro_batch_size, learn=False):
     """Mean loss of a supervised token of a batch, in nats; to `learn`, with its gradient. batch: [(ids, labels)], the
     same on all processes, which share it out.
 
@@ -78,10 +76,10 @@ def mean_loss(accelerator, model, batch, micro_batch_size, pad, learn=False):
     runs = [batch[len(batch) * i // count:len(batch) * (i + 1) // count] for i in range(count)]
     runs = runs[accelerator.process_index::world]
     total = torch.zeros((), dtype=torch.float64, device=accelerator.device)
-    for i, examples in enumerate(runs):
-        examples = examples or [(batch[0][0][:2], [-100, -100])]    # all processes go backward together: a loss of 0
-        with accelerator.no_sync(model) if i < len(runs) - 1 else nullcontext(), torch.set_grad_enabled(learn):
-            loss = sum_loss(model, *collate(examples, pad, accelerator.device))
+    for examples in runs:
+        examples = examples or [([0, 0], [-100, -100])]         # all processes go backward together: a loss of 0
+        with torch.set_grad_enabled(learn):
+            loss = sum_loss(model, *collate(examples, accelerator.device))
             if learn:
                 accelerator.backward(loss * world / supervised)     # DDP and FSDP average over the processes
         total += loss.detach()
@@ -91,18 +89,15 @@ def mean_loss(accelerator, model, batch, micro_batch_size, pad, learn=False):
 def read_examples(args, tokenizer):
     """[(ids, labels)] of all usable selected rows, by pair: {(task_id, persona_id): examples}; what was left out."""
     tasks, personas = read_tasks(args.tasks), read_personas(args.personas)
-    golds = read_gold(args.gold) if args.target == "gold" else {}
-    rows = read_conversations(args.selected, tasks, personas, gold_log_prob=(int, float), response=(str, type(None)))
-    pairs = set(sample_pairs(sorted(set(map(pair_of, rows))), args.limit, args.seed))
+    rows = read_conversations(args.selected, tasks, personas, gold_log_prob=float | int, response=str | None)
+    pairs = set(sample_pairs(map(pair_of, rows), args.limit, args.seed))
+    golds = read_gold(args.gold, pairs) if args.target == "gold" else {}
     examples, refused, too_long = defaultdict(list), 0, 0
     for row in (row for row in rows if pair_of(row) in pairs):
         pair = pair_of(row)
         target = {"response": row.get("response"), "none": None, "gold": golds.get(pair)}[args.target]
-        if "refused" in row or target is None and pair in golds:
+        if "refused" in row or target is None and args.target != "none":
             refused += 1
-        elif target is None and args.target != "none":
-            fail(f"{args.selected if args.target == 'response' else args.gold}: no {args.target} for {pair}. Run "
-                 "select.py without --no-response, or gold.py for that split.")
         else:
             chat = example_chat(personas[pair[1]]["name"], tasks[pair[0]]["task"], row["conversation"], target)
             for example in training_examples(tokenizer, chat):
@@ -110,7 +105,7 @@ def read_examples(args, tokenizer):
                     examples[pair].append(example)
                 else:
                     too_long += 1
-    left_out = f"{refused} refused, {too_long} longer than {args.max_length} tokens dropped"
+    left_out = f"{refused} refused or without a {args.target}, {too_long} longer than {args.max_length} tokens dropped"
     return (examples, left_out) if examples else fail(f"{args.selected}: no example to train on ({left_out}).")
 
 
@@ -133,15 +128,15 @@ def parse_args():
     parser.add_argument("--gold", default="runs/gold.jsonl", help="gold responses (JSONL), read for --target gold")
     parser.add_argument("--target", choices=("response", "none", "gold"), default="response",
                         help="what follows a conversation: the method, the ablation w/o regularisation, w/ gold")
-    parser.add_argument("--lr", type=number(float, 0), default=2e-5, help="peak; cosine to 0")
-    parser.add_argument("--warmup", type=number(float, 0, 1), default=0.1, help="share of the steps")
-    parser.add_argument("--epochs", type=number(int, 1), default=1, help="passes over the examples")
-    parser.add_argument("--batch-size", type=number(int, 1), default=64, help="examples in a step, on all devices")
-    parser.add_argument("--micro-batch-size", type=number(int, 1), default=4, help="examples on a device at a time")
-    parser.add_argument("--max-length", type=number(int, 1), default=2048,
+    parser.add_argument("--lr", type=amount, default=2e-5, help="peak; cosine to 0")
+    parser.add_argument("--warmup", type=fraction, default=0.1, help="share of the steps")
+    parser.add_argument("--epochs", type=natural, default=1, help="passes over the examples")
+    parser.add_argument("--batch-size", type=natural, default=64, help="examples in a step, on all devices")
+    parser.add_argument("--micro-batch-size", type=natural, default=4, help="examples on a device at a time")
+    parser.add_argument("--max-length", type=natural, default=2048,
                         help="tokens; a longer example is dropped and counted, never cut (the release cut at 1024)")
-    parser.add_argument("--validation", type=number(float, 0, 0.99), default=0.05, help="share of the pairs held out")
-    parser.add_argument("--clip", type=number(float, 1e-6), default=1.0, help="largest norm of the gradient")
+    parser.add_argument("--validation", type=fraction, default=0.05, help="share of the pairs held out")
+    parser.add_argument("--clip", type=amount, default=1.0, help="largest norm of the gradient")
     parser.add_argument("--gradient-checkpointing", action="store_true", help="less memory, a third more time")
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="of the weights")
     return parser.parse_args()
@@ -154,14 +149,13 @@ def main():
     examples, left_out = read_examples(args, tokenizer)
     # Here these two are settings: more rows make another model, not more of the same.
     settings = settings_of(args, limit=args.limit, batch_size=args.batch_size)
-    lock = take_output(args.output, settings) if accelerator.is_main_process else None     # noqa: F841 (kept open)
+    lock = accelerator.is_main_process and take_output(args.output, settings)              # noqa: F841 (kept open)
     accelerator.wait_for_everyone()
     if os.path.exists(args.output):
         return say(accelerator, f"{args.output}: trained already, with these settings")
 
     set_seed(args.seed)
-    generator, pad = np.random.default_rng(args.seed), tokenizer.pad_token_id
-    pad = tokenizer.eos_token_id if pad is None else pad
+    generator = np.random.default_rng(args.seed)
     pairs = generator.permutation(sorted(examples)).tolist()    # whole pairs are held out
     held_out = min(math.ceil(args.validation * len(pairs)), len(pairs) - 1)
     validation = [example for pair in pairs[:held_out] for example in examples[tuple(pair)]]
@@ -186,13 +180,13 @@ def main():
 
     def validation_loss():
         model.eval()
-        return mean_loss(accelerator, model, validation, args.micro_batch_size, pad) if validation else None
+        return mean_loss(accelerator, model, validation, args.micro_batch_size) if validation else None
 
     before, losses = validation_loss(), []
     model.train()
     for batch in (bar := tqdm(batches, "steps", disable=not accelerator.is_main_process)):
         examples = [training[i] for i in batch]
-        losses.append(mean_loss(accelerator, model, examples, args.micro_batch_size, pad, learn=True))
+        losses.append(mean_loss(accelerator, model, examples, args.micro_batch_size, learn=True))
         accelerator.clip_grad_norm_(model.parameters(), args.clip)
         optimizer.step()
         schedule.step()

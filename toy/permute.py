@@ -1,7 +1,7 @@
 """A control for the selection rule: a file of golds in which each task's gold responses are dealt to other personas.
 
-Selected by these golds (`run.sh`, VARIANTS=permuted), a conversation is good for somebody else. A pair whose task has no
-other persona with a gold response gets a row that is `refused`.
+Selected by these golds (`run.sh`, VARIANTS=permuted), a conversation is good for somebody else. A pair whose task has
+no other persona with a gold response gets a row that is `refused`.
 
     python toy/permute.py --gold runs/toy/gold.jsonl --output runs/toy/gold_permuted.jsonl
 """

@@ -18,7 +18,7 @@ import measure
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the stages; first, since PyPI has an "evaluate", too
 import evaluate  # noqa: E402
-from common import (RESULT_KEY, fail, key_of, read_conversations, read_personas, read_results,  # noqa: E402
+from common import (PAIR, RESULT_KEY, fail, key_of, read_conversations, read_personas, read_results,  # noqa: E402
                     read_rows, read_tasks)
 
 WIDTH = 58  # of a column of text
@@ -142,10 +142,10 @@ def evaluations(run, split):
 def outcomes(run, split):
     """{(folder, t): (shares won, tied, lost)} of the judge's verdicts, by the scores that it names. It must say A or B,
     so it settles a tie by a hash; here a tie is a tie."""
-    found, fields = {}, {"task_id": str, "persona_id": str, "order": str, "raw": str}
+    found = {}
     for evaluation, path in evaluations(run, split).items():
         points = []
-        for row in read_rows(path, fields, ("task_id", "persona_id")):
+        for row in read_rows(path, {**PAIR, "order": str}, {"raw": str}):
             scores = re.search(r"response A scores (-?\d+), response B scores (-?\d+)", row["raw"])
             if scores and row["order"] in ("ours_first", "base_first"):
                 a, b = map(int, scores.groups())
