@@ -31,12 +31,12 @@ if __name__ == "select":
     sys.modules["select"] = module_from_spec(spec)
     spec.loader.exec_module(sys.modules["select"])
 else:
-    import math
     from collections import defaultdict
 
-    from common import (Request, Rows, SAMPLE, add_data_flags, add_model_flags, answer_all, fail, key_of, lines_of,
-                        natural, pair_of, read_conversations, read_gold, read_personas, read_tasks, response_form, run,
-                        sample_pairs, save_all, say, score_all, seed_for, stage_parser, start_processes)
+    from common import (Request, Rows, SAMPLE, add_data_flags, add_model_flags, announce, answer_all, fail, key_of,
+                        lines_of, natural, pair_of, read_conversations, read_gold, read_personas, read_tasks,
+                        response_form, run, sample_pairs, save_all, say, score_all, seed_for, stage_parser,
+                        start_processes)
 
 # Not in the paper: the released code puts this before the first turn when it samples the response, and leaves it out
 # again when it trains on that response, so that part of its gain is this prompt, distilled. --response-prompt uses it.
@@ -58,20 +58,15 @@ def gold_chat(name, task, conversation, gold):
     return [*response_form(name, task, conversation), {"role": "assistant", "content": gold}]
 
 
-def candidates(log_probs):
-    """The samples of one pair that may be selected: those with a finite score."""
-    return [c for c in log_probs if log_probs[c] is not None and math.isfinite(log_probs[c])]
-
-
 def select_best(log_probs, k):
-    """Line 4. log_probs: {sample: log-probability of the gold, or None} for the conversations of one pair -> the k best
-    samples, best first. A tie goes to the lower sample."""
-    return sorted(candidates(log_probs), key=lambda c: (-log_probs[c], c))[:k]      # argmax_c log p_QBASE(g | t, s^c)
+    """Line 4. log_probs: {sample: log-probability of the gold} for the conversations of one pair -> the k best samples,
+    best first. A tie goes to the lower sample."""
+    return sorted(log_probs, key=lambda c: (-log_probs[c], c))[:k]                  # argmax_c log p_QBASE(g | t, s^c)
 
 
 def select_random(log_probs, k, seed):
-    """The control for line 4: k of the same candidates, whatever their scores."""
-    return sorted(candidates(log_probs), key=lambda c: (seed_for(seed, c), c))[:k]
+    """The control for line 4: k of the same conversations, whatever their scores."""
+    return sorted(log_probs, key=lambda c: (seed_for(seed, c), c))[:k]
 
 
 def response_chat(name, task, conversation, prompt=None):
@@ -115,18 +110,25 @@ def main():
     def form(row):
         return personas[row["persona_id"]]["name"], tasks[row["task_id"]]["task"], row["conversation"]
 
+    if args.dry_run:                                            # before the scores: any k of a pair will do
+        announce(output, (args.questioner, [response_chat(*form(row), prompt) for key, row in rows.items()
+                                            if key[2] < args.k and not args.no_response], args.max_tokens))
+
     # Line 4: log p_QBASE(g | t, s) of every conversation; the best of each pair.
     score_all(scores, rows, lambda key: gold_chat(*form(rows[key]), golds[key[:2]]), args.base)
-    log_probs = defaultdict(dict)                               # pair -> {sample: log p(gold)}
-    for *pair, sample in rows:
-        log_probs[tuple(pair)][sample] = scores[(*pair, sample)]["log_prob"]
-    keep = {pair: select_random(c, args.k, seed_for(args.seed, "pick", *pair)) if args.pick == "random" else
-            select_best(c, args.k) for pair, c in log_probs.items()}
-    chosen = {key: {**row, "gold_log_prob": scores[key]["log_prob"], "response": None}
-              for key, row in rows.items() if key[2] in keep[key[:2]]}
+    log_probs = defaultdict(dict)                               # pair -> {sample: log p(gold)}, those that are finite
+    for key in rows:
+        if scores[key]["log_prob"] is not None:
+            log_probs[key[:2]][key[2]] = scores[key]["log_prob"]
+    chosen = {}
+    for pair, c in log_probs.items():
+        keep = (select_best(c, args.k) if args.pick == "best" else
+                select_random(c, args.k, seed_for(args.seed, "pick", *pair)))
+        for sample in sorted(keep):
+            chosen[(*pair, sample)] = {**rows[(*pair, sample)], "gold_log_prob": c[sample], "response": None}
     if not chosen:
         fail(f"{args.conversations}: no gold response has a finite log-probability. Look at its rows, and at --base.")
-    if any(key not in chosen for key in output if key[:2] in keep):
+    if any(key not in chosen for key in output if key[:2] in log_probs):
         fail(f"{args.output}: has conversations that are not selected now: the scores have changed. Give another one.")
 
     # Line 5: r <- Q_{t-1}(t, s*), greedily.
@@ -136,10 +138,10 @@ def main():
         answer_all(output, {key: Request(response_chat(*form(row), prompt)) for key, row in chosen.items()},
                    args.questioner, (0.0, 1.0, args.max_tokens), "responses",
                    lambda key, reply: {**chosen[key], "response": reply.text})
-    finite = [scores[key]["log_prob"] for key in rows if scores[key]["log_prob"] is not None]
+    finite = [p for c in log_probs.values() for p in c.values()]
     kept = [row["gold_log_prob"] for row in chosen.values()]
     row = output[min(chosen)]
-    others = ", ".join(f"{p:.2f}" for p in sorted(p for p in log_probs[pair_of(row)].values() if p is not None))
+    others = ", ".join(f"{p:.2f}" for p in sorted(log_probs[pair_of(row)].values()))
     say(processes, "", tasks[row["task_id"]]["task"], *lines_of(row["conversation"]),
         f"response: {row['response']}", f"log p(gold) = {row['gold_log_prob']:.2f}, chosen from {others}", "",
         f"{output.summary()}; mean log p(gold) {sum(kept) / len(kept):.2f} of {sum(finite) / len(finite):.2f} over all "
