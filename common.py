@@ -61,8 +61,8 @@ SAMPLE = {**PAIR, "sample": int}
 def read_rows(path, key, fields):
     """Yields the rows of a JSONL file, checked; the first bad line ends the program.
 
-    key: {name: type} of the fields that tell rows apart; fields: of the others. A row with `refused` (a model declined)
-    needs its key alone; the caller leaves it out.
+    key: {name: type} of the fields that tell rows apart; fields: {name: type} of the other fields. A row with
+    `refused` (a model declined) needs its key alone; the caller leaves it out.
     """
     seen = {}
     if unfinished(path):
@@ -167,10 +167,9 @@ def fingerprint(value):
 
 
 def settings_of(args, **more):
-    """{name: value} of all that decides a stage's rows: its flags, its source file, and `more`, such as prompts."""
-    named = {"source": sys.argv[0], **vars(args)}
-    settings = {name: fingerprint(value) for name, value in named.items() if name not in NEUTRAL} | more
-    return json.loads(json.dumps(settings))
+    """{name: value} of all that decides a stage's rows: its flags, its source, and `more`, such as prompts."""
+    flags = {name: fingerprint(value) for name, value in vars(args).items() if name not in NEUTRAL}
+    return json.loads(json.dumps({"source": [fingerprint(sys.argv[0]), fingerprint(__file__)], **flags, **more}))
 
 
 def read_settings(output):
@@ -201,8 +200,8 @@ def take_output(output, settings):
     if differ:
         fail(f"{output}: made with other settings: {'; '.join(differ)}. {remove}")
     if old["source"] != settings["source"]:
-        tqdm.write(f"warning: {output} was made by another version of {settings['source']}. If that matters: {remove}",
-                   file=sys.stderr)
+        tqdm.write(f"warning: {output} was made by another version of {settings['source'][0].split()[0]} or common.py. "
+                   f"If that matters: {remove}", file=sys.stderr)
     return lock
 
 
@@ -337,7 +336,7 @@ def plain(tokenizer, chat):
     spelled = "|".join(map(re.escape, special_tokens(tokenizer)))
     chat = [{**message, "content": re.sub(spelled, lambda mark: f"{mark[0][0]} {mark[0][1:]}", message["content"])}
             for message in fold_system(chat)]
-    return [{**m, "content": m["content"].strip()} if m["role"] == "assistant" else m for m in chat]   # as most do
+    return [{**m, "content": m["content"].strip()} if m["role"] == "assistant" else m for m in chat]    # most templates do
 
 
 def render(tokenizer, chat, ask=False):
@@ -514,8 +513,8 @@ class LocalModel:
         the padding, so that any id will do for it."""
         import torch
         from torch.nn.utils.rnn import pad_sequence
-        rows = [torch.tensor(row, dtype=torch.long, device=self.model.device) for row in rows]
-        return [pad_sequence(part, batch_first=True, padding_side="left")
+        rows = [torch.tensor(row, dtype=torch.long) for row in rows]
+        return [pad_sequence(part, batch_first=True, padding_side="left").to(self.model.device)
                 for part in (rows, [torch.ones_like(row) for row in rows])]
 
     def generate(self, requests, temperature, top_p, max_tokens, skip=(), share=slice(None)):
@@ -539,11 +538,10 @@ class LocalModel:
                     text = self.tokenizer.decode(tokens[:None if cut else -1], skip_special_tokens=True)
                     yield key, Reply(text.strip(), cut=cut)
 
-    def _answer(self, prompts, openings, draws, temperature, top_p):
-        """B lists of ids -> B lists of at most T new tokens, drawn by draws (B, T). What prompts with one opening share
-        (a pair's samples: elicitation prompt and task) is computed once. A row that has ended leaves the batch."""
+    def _prefill(self, prompts, openings):
+        """B lists of ids -> (cache, ids (B, L), mask): ids are what the cache does not hold yet, at least one a row.
+        What prompts with one opening share (a pair's samples: elicitation prompt and task) is computed once."""
         import torch
-        import torch.nn.functional as F
         from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
         cache = DynamicCache(config=self.model.config)
         kinds = {type(layer) for layer in cache.layers}
@@ -554,14 +552,22 @@ class LocalModel:
         # and learned local attention count its columns.
         if kinds != {DynamicLayer} or not getattr(self.model.config.get_text_config(), "rope_parameters", None):
             openings = range(len(prompts))
-        heads = {o: os.path.commonprefix([prompt[:-1] for prompt, other in zip(prompts, openings) if other == o])
+        shared = {o: os.path.commonprefix([prompt[:-1] for prompt, other in zip(prompts, openings) if other == o])
                  for o in openings}
-        ids, mask = self._left_pad(list(heads.values()))                                    # (U, H): U openings
+        ids, mask = self._left_pad(list(shared.values()))                                    # (U, H): U openings
         self.model(ids, attention_mask=mask, position_ids=positions(mask), past_key_values=cache, logits_to_keep=1)
-        place = torch.tensor([list(heads).index(o) for o in openings], device=ids.device)
-        cache.batch_select_indices(place)                                                   # from U rows to B
-        ids, own_mask = self._left_pad([p[len(heads[o]):] for p, o in zip(prompts, openings)])
-        mask, said, rows = torch.cat([mask[place], own_mask], 1), [[] for _ in prompts], list(range(len(prompts)))
+        opening_of = torch.tensor([list(shared).index(o) for o in openings], device=ids.device)
+        cache.batch_select_indices(opening_of)                                              # from U rows to B
+        ids, rest_mask = self._left_pad([p[len(shared[o]):] for p, o in zip(prompts, openings)])
+        return cache, ids, torch.cat([mask[opening_of], rest_mask], 1)
+
+    def _answer(self, prompts, openings, draws, temperature, top_p):
+        """B lists of ids -> B lists of at most T new tokens, drawn by draws (B, T). A row that has ended leaves the
+        batch."""
+        import torch
+        import torch.nn.functional as F
+        cache, ids, mask = self._prefill(prompts, openings)
+        said, rows = [[] for _ in prompts], list(range(len(prompts)))
         for t in range(draws.shape[1]):                                                     # rows: those that go on
             logits = self.model(ids, attention_mask=mask, position_ids=positions(mask)[:, -ids.shape[1]:],
                                 past_key_values=cache, logits_to_keep=1).logits[:, -1]      # (B, V)
@@ -601,8 +607,8 @@ class LocalModel:
                                 logits_to_keep=keep + 1).logits[:, -keep - 1:-1].float()              # (B, keep, V)
             # log p(g_t | context, g_<t); columns left of a row's own n tokens belong to its context
             log_p = -F.cross_entropy(logits.transpose(1, 2), ids[:, -keep:], reduction="none")        # (B, keep)
-            ours = torch.arange(keep, 0, -1, device=ids.device) <= n[:, None]
-            yield from zip(batch, torch.where(ours, log_p.double(), 0.0).sum(1).tolist())
+            own = torch.arange(keep, 0, -1, device=ids.device) <= n[:, None]
+            yield from zip(batch, torch.where(own, log_p.double(), 0.0).sum(1).tolist())
 
 
 def positions(mask):
@@ -681,8 +687,8 @@ def score_all(rows, keys, chat_of, spec):
 
 def save_all(rows, keys, results, what):
     """Saves results, (key, fields of the row), as they come, under a progress bar."""
-    share = len([key for key in keys if key not in rows][rows.share])
-    for key, fields in tqdm(results, what, share, unit="", disable=not rows.processes.is_main_process):
+    left = len([key for key in keys if key not in rows][rows.share])
+    for key, fields in tqdm(results, what, left, unit="", disable=not rows.processes.is_main_process):
         if key not in rows:                                     # it may be there: its batch was half done
             rows.add({**dict(zip(rows.key, key)), **fields})
     rows.finish()
@@ -749,7 +755,7 @@ def number(kind, low, high=2 ** 32 - 1):
     return parse
 
 
-natural, fraction, amount = number(int, 1), number(float, 0, 1), number(float, 0)
+natural, fraction, amount, nucleus = number(int, 1), number(float, 0, 1), number(float, 0), number(float, 0.01, 1)
 
 
 def json_object(text):
@@ -788,7 +794,7 @@ def add_model_flags(parser, batch_size):
                        help='more request arguments; null takes one away: '
                             '{"max_tokens": null, "max_completion_tokens": 900}')
     group.add_argument("--max-refused", type=fraction, default=0.05, metavar="SHARE",
-                       help="of answers that are refused, filtered or empty; above it the stage stops with status 1")
+                       help="of answers refused, empty, or (a judge's) unreadable; above it the stage ends with 1")
     group.add_argument("--prices", type=amount, nargs=2, metavar=("IN", "OUT"),
                        help="dollars for a million tokens: tells what the calls cost")
     group.add_argument("--dry-run", action="store_true",

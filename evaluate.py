@@ -30,7 +30,7 @@ from collections import Counter, defaultdict
 import numpy as np
 
 from common import (PAIR, Request, Rows, SAMPLE, add_data_flags, add_model_flags, amount, announce, answer_all, by_pair,
-                    fail, fingerprint, fraction, key_of, mean_sem, natural, number, pair_of, read_conversations,
+                    fail, fingerprint, key_of, mean_sem, natural, nucleus, number, pair_of, read_conversations,
                     read_gold, read_personas, read_rows, read_settings, read_tasks, response_form, run, sample_pairs,
                     say, score_all, seed_for, settings_of, stage_parser, start_processes, write_results)
 
@@ -87,6 +87,9 @@ def win_pairs(turns, how_many, K, seed):
     return [pair for length in range(1, K + 1)
             for pair in sorted((pair for pair in turns if turns[pair] == length),
                                key=lambda pair: (seed_for(seed, "win", *pair), pair))[:how_many // K]]
+
+
+ORDERS = ["ours_first", "base_first"]                           # which response stands at A
 
 
 def judge_chat(persona, task, ours, base, order):
@@ -172,7 +175,7 @@ def parse_args():
     parser.add_argument("--max-tokens", type=natural, default=700, help="length of a response")
     parser.add_argument("--temperature", type=amount, default=0.0, help="of the responses; 0: greedy")
     parser.add_argument("--judge-max-tokens", type=natural, default=300, help="length of a verdict")
-    parser.add_argument("--top-p", type=fraction, default=0.9, help="of judge and sampled responses")
+    parser.add_argument("--top-p", type=nucleus, default=0.9, help="of judge and sampled responses")
     add_model_flags(parser, batch_size=64)
     args = parser.parse_args()
     if (args.iteration == 0) != (args.baseline is None):
@@ -195,12 +198,14 @@ def roleplayer_label(conversations, given):
     return re.sub(r"^openai:| \(\w{12}\)$", "", name)
 
 
+MUST_AGREE = "base tasks personas gold split roleplayer seed dtype max_tokens temperature".split()
+
+
 def check_baseline(baseline, settings):
     """Q_BASE must have met the same users in the same way, and answered so: like is compared with like."""
     theirs = read_settings(f"{baseline}/responses.jsonl") or read_settings(f"{baseline}/log_probs.jsonl")
     for name, ours in settings.items():
-        like = "base tasks personas gold split roleplayer seed dtype max_tokens temperature".split()
-        if (name in like or name.startswith("simulate ")) and theirs.get(name) != ours:
+        if (name in MUST_AGREE or name.startswith("simulate ")) and theirs.get(name) != ours:
             fail(f"--baseline {baseline}: Q_BASE was evaluated with another {name} ({theirs.get(name)!r}, here "
                  f"{ours!r}). Evaluate Q_BASE (--iteration 0) in the same way.")
 
@@ -208,13 +213,13 @@ def check_baseline(baseline, settings):
 def main():
     args = parse_args()
     tasks, personas = read_tasks(args.tasks), read_personas(args.personas)
-    everything = read_conversations(args.conversations, tasks, personas)
-    kept = set(sample_pairs(map(pair_of, everything), args.limit, args.seed))
+    all_conversations = read_conversations(args.conversations, tasks, personas)
+    kept = set(sample_pairs(map(pair_of, all_conversations), args.limit, args.seed))
     golds = read_gold(args.gold, kept)
     for task_id, persona_id in sorted(kept):
         if not tasks[task_id]["split"] == personas[persona_id]["split"] == args.split:
             fail(f"{args.conversations}: {task_id} is not of --split {args.split}. Name the split that was simulated.")
-    conversations = {key_of(row): row["conversation"] for row in everything
+    conversations = {key_of(row): row["conversation"] for row in all_conversations
                      if pair_of(row) in kept and "refused" not in row}
     if not conversations:
         fail(f"{args.conversations}: no conversation. Simulate some first.")
@@ -224,14 +229,14 @@ def main():
         turns[tuple(pair)] = len(conversation) // 2
     simulation = read_settings(args.conversations)
     args.roleplayer = roleplayer_label(args.conversations, args.roleplayer)
-    more = {"prompts": [JUDGE_SYSTEM_PROMPT, JUDGE_PROMPT], **{
+    simulated_with = {"prompts": [JUDGE_SYSTEM_PROMPT, JUDGE_PROMPT], **{
         f"simulate {name}": value for name, value in simulation.items() if name not in ("questioner", "source")}}
     if args.baseline:
-        check_baseline(args.baseline, settings_of(args, **more))
+        check_baseline(args.baseline, settings_of(args, **simulated_with))
     processes, results = start_processes(), []
 
     def output(name, *key, **inputs):
-        return Rows(args, f"{args.output}/{name}.jsonl", (*PAIR, *key), processes, **more, **inputs)
+        return Rows(args, f"{args.output}/{name}.jsonl", (*PAIR, *key), processes, **simulated_with, **inputs)
 
     def form(pair, conversation, persona=None):
         return response_form(personas[pair[1]]["name"], tasks[pair[0]]["task"], conversation, persona)
@@ -242,15 +247,14 @@ def main():
         results.append({"variant": args.variant, "iteration": args.iteration, "split": args.split,
                         "roleplayer": args.roleplayer, "metric": metric, "condition": condition, "mean": mean,
                         "sem": sem, "sem_two_way": sem_two_way(values), "n": n,
-                        "interval_95": sem and [mean - 1.96 * sem, mean + 1.96 * sem], **counts})
+                        "interval_95": None if sem is None else [mean - 1.96 * sem, mean + 1.96 * sem], **counts})
 
     # What will be asked: Q_t for a response to one random conversation of each of the win rate's pairs, and a judge.
     K = simulation.get("max_turns") or max(turns.values())
     pairs = win_pairs(turns, args.win_pairs, K, args.seed)
     keys = [(*pair, samples[pair][seed_for(args.seed, "sample", *pair) % len(samples[pair])]) for pair in pairs]
     respond = {key: Request(form(key, conversations[key]), seed_for(args.seed, "respond", *key)) for key in keys}
-    both = ["ours_first", "base_first"]
-    orders = {pair: both if args.both_orders else [both[seed_for(args.seed, "order", *pair) % 2]] for pair in pairs}
+    orders = {pair: ORDERS if args.both_orders else [ORDERS[seed_for(args.seed, "order", *pair) % 2]] for pair in pairs}
 
     def judge(ours, base):
         return {(*pair, order): Request(judge_chat(personas[pair[1]]["persona"], tasks[pair[0]]["task"], ours[pair],
@@ -258,11 +262,9 @@ def main():
                 for pair in pairs if pair in ours and pair in base for order in orders[pair]}
 
     if args.dry_run:
-        longest = dict.fromkeys(pairs, "?" * 4 * args.max_tokens)
-        announce(output("verdicts", "order"),
+        announce(output("verdicts", "order"),                   # gold responses stand in for the responses to be judged
                  (args.questioner, [request.chat for request in respond.values()], args.max_tokens),
-                 (args.judge or "", [request.chat for request in judge(longest, longest).values()],
-                  args.judge_max_tokens))
+                 (args.judge or "", [request.chat for request in judge(golds, golds).values()], args.judge_max_tokens))
 
     # 1. Gold log-probabilities: log p_QBASE(gold | task, conversation) in each condition.
     if "log_prob" in args.metrics:
@@ -320,7 +322,7 @@ def main():
         for metric, title in TITLES.items():
             say(processes, *table(rows, metric, title))
     say(processes, f"{args.output}: {len(conversations)} conversations of {len(turns)} pairs, {len(results)} means in "
-                   f"{args.results}; left out: {len(everything) - len(conversations)} conversations, "
+                   f"{args.results}; left out: {len(all_conversations) - len(conversations)} conversations, "
                    f"{sum(golds[pair] is None for pair in turns)} pairs without a gold response")
 
 

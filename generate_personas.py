@@ -17,7 +17,7 @@ import random
 import re
 from collections import Counter
 
-from common import (Request, Rows, add_model_flags, amount, answer_all, fail, fraction, natural, read_rows, run, say,
+from common import (Request, Rows, add_model_flags, amount, answer_all, fail, natural, nucleus, read_rows, run, say,
                     seed_for, stage_parser, start_processes)
 
 SYSTEM_PROMPT = (
@@ -85,7 +85,7 @@ def parse_args():
     parser.add_argument("--examples", default="data/seed_personas.jsonl", help="or PRODIGy's characters.json (21 ids)")
     parser.add_argument("--splits", type=persona_splits, default="A=50,B=50,test=10", help="how many for each split")
     parser.add_argument("--temperature", type=amount, default=1.4, help="high: people should differ")
-    parser.add_argument("--top-p", type=fraction, default=0.9, help="mass of the nucleus")
+    parser.add_argument("--top-p", type=nucleus, default=0.9, help="mass of the nucleus")
     parser.add_argument("--max-tokens", type=natural, default=400, help="length of a persona")
     parser.add_argument("--attempts", type=natural, default=20, help="how often a persona is asked for at most")
     add_model_flags(parser, batch_size=32)
@@ -95,8 +95,8 @@ def parse_args():
 def main():
     args = parse_args()
     examples, processes, rejected = read_examples(args.examples), start_processes(), Counter()
-    # More people or attempts may be wanted later: these are no settings. Every reply is kept: it was paid for, and who
-    # is accepted depends on the order of the personas, not on which reply was fastest.
+    # Every reply is kept: it was paid for, and who is accepted depends on the order of the personas, not on which reply
+    # was fastest. None: no setting, since more people or attempts may be wanted later.
     settings = {"prompts": [SYSTEM_PROMPT, PROMPT], "splits": None, "attempts": None}
     rows = Rows(args, args.output, ("persona_id",), processes, **settings)
     replies = Rows(args, args.output.removesuffix(".jsonl") + ".replies.jsonl", ("persona_id", "attempt"), processes,

@@ -17,7 +17,7 @@ The paper's scale, 2 x 250 x 50 + 50 x 10 = 25,500 calls:
     python gold.py --oracle openai:MODEL --personas runs/paper/personas.jsonl --output runs/paper/gold.jsonl
 """
 from common import (PAIR, Request, Rows, add_data_flags, add_model_flags, all_pairs, amount, answer_all, fraction,
-                    natural, read_personas, read_tasks, run, say, seed_for, stage_parser, start_processes)
+                    natural, nucleus, read_personas, read_tasks, run, say, seed_for, stage_parser, start_processes)
 
 SYSTEM_PROMPT = (
     "You are a helpful AI assistant, particularly skilled at providing personalized, satisfying answers to users "
@@ -50,7 +50,7 @@ def parse_args():
     add_data_flags(parser)
     parser.add_argument("--split", nargs="+", default=["A", "B", "test"], help="one or more splits")
     parser.add_argument("--temperature", type=amount, default=0.0, help="0: greedy")
-    parser.add_argument("--top-p", type=fraction, default=0.9, help="mass of the nucleus")
+    parser.add_argument("--top-p", type=nucleus, default=0.9, help="mass of the nucleus")
     parser.add_argument("--max-tokens", type=natural, default=300, help="length of a gold response")
     add_model_flags(parser, batch_size=32)
     return parser.parse_args()

@@ -97,10 +97,10 @@ def parse_args():
 def main():
     args = parse_args()
     tasks, personas = read_tasks(args.tasks), read_personas(args.personas)
-    everything = read_conversations(args.conversations, tasks, personas)
-    pairs = set(sample_pairs(map(pair_of, everything), args.limit, args.seed))
+    all_conversations = read_conversations(args.conversations, tasks, personas)
+    pairs = set(sample_pairs(map(pair_of, all_conversations), args.limit, args.seed))
     golds = read_gold(args.gold, pairs)
-    rows = {key_of(row): row for row in everything
+    rows = {key_of(row): row for row in all_conversations
             if "refused" not in row and pair_of(row) in pairs and golds[pair_of(row)]}
     processes = start_processes()
     scores = Rows(args, args.output.removesuffix(".jsonl") + ".scores.jsonl", SAMPLE, processes)
@@ -110,7 +110,7 @@ def main():
     def form(row):
         return personas[row["persona_id"]]["name"], tasks[row["task_id"]]["task"], row["conversation"]
 
-    if args.dry_run:                                            # before the scores: any k of a pair will do
+    if args.dry_run:                                            # nothing is scored: the first k stand for the best
         announce(output, (args.questioner, [response_chat(*form(row), prompt) for key, row in rows.items()
                                             if key[2] < args.k and not args.no_response], args.max_tokens))
 
@@ -125,7 +125,8 @@ def main():
         keep = (select_best(c, args.k) if args.pick == "best" else
                 select_random(c, args.k, seed_for(args.seed, "pick", *pair)))
         for sample in sorted(keep):
-            chosen[(*pair, sample)] = {**rows[(*pair, sample)], "gold_log_prob": c[sample], "response": None}
+            row = {name: value for name, value in rows[(*pair, sample)].items() if name not in ("cut", "usage")}
+            chosen[(*pair, sample)] = {**row, "gold_log_prob": c[sample], "response": None}     # these will be its own
     if not chosen:
         fail(f"{args.conversations}: no gold response has a finite log-probability. Look at its rows, and at --base.")
     if any(key not in chosen for key in output if key[:2] in log_probs):
@@ -145,7 +146,7 @@ def main():
     say(processes, "", tasks[row["task_id"]]["task"], *lines_of(row["conversation"]),
         f"response: {row['response']}", f"log p(gold) = {row['gold_log_prob']:.2f}, chosen from {others}", "",
         f"{output.summary()}; mean log p(gold) {sum(kept) / len(kept):.2f} of {sum(finite) / len(finite):.2f} over all "
-        f"{len(rows)}; left out: {len(everything) - len(rows)} conversations (refused, or without a gold response), "
+        f"{len(rows)}; left out: {len(all_conversations) - len(rows)} conversations (refused or without a gold), "
         f"{len(rows) - len(finite)} scores not finite")
 
 

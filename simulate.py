@@ -23,7 +23,7 @@ The paper's scale, 250 x 50 x 10 = 125,000 conversations (and the Roleplayer on 
 from collections import Counter
 
 from common import (Request, Rows, SAMPLE, add_data_flags, add_model_flags, all_pairs, amount, announce, fraction,
-                    lines_of, natural, open_model, read_personas, read_tasks, run, save_all, say, seed_for,
+                    lines_of, natural, nucleus, open_model, read_personas, read_tasks, run, save_all, say, seed_for,
                     stage_parser, start_processes)
 
 ELICITATION_PROMPT = (
@@ -123,7 +123,7 @@ def parse_args():
     parser.add_argument("--samples", type=natural, default=10, metavar="n", help="conversations for each pair")
     parser.add_argument("--max-turns", type=natural, default=3, metavar="K", help="most questions in one")
     parser.add_argument("--temperature", type=amount, default=0.9, help="of the Questioner")
-    parser.add_argument("--top-p", type=fraction, default=0.9, help="of the nucleus, for both")
+    parser.add_argument("--top-p", type=nucleus, default=0.9, help="of the nucleus, for both")
     parser.add_argument("--roleplayer-temperature", type=amount, default=0.0, help="0: greedy")
     parser.add_argument("--max-tokens", type=natural, default=700, help="length of a question, and of an answer")
     add_model_flags(parser, batch_size=160)
@@ -138,7 +138,7 @@ def main():
     keys = [(*pair, sample) for pair in all_pairs(tasks, personas, args.split, args.limit, args.seed)
             for sample in range(args.samples)]
     turns = {key: number_of_turns(*key[:2], args.max_turns, args.seed) for key in keys}
-    keys.sort(key=turns.get)                                    # stable; the rows of a block stay alive equally long
+    keys.sort(key=turns.get)                                    # stable; a block's conversations mostly have one length
     # A block goes turn by turn, and is saved as a whole. A pair's n samples share it, and the beginning of a prompt.
     size = max(1, args.batch_size // args.samples) * args.samples
     blocks = [keys[i:i + size] for i in range(0, len(keys), size)]
@@ -159,7 +159,7 @@ def main():
             for key, row in alive.items()}, args.roleplayer_temperature, args.top_p, args.max_tokens)
 
     prompts = [seen_by_user(key) for block in todo for key in block for turn in range(turns[key])]
-    # (The prompts without what will have been said before; the Questioner's are about as long.)
+    # An estimate: the history is not known yet, and the Questioner's prompts are about as long.
     announce(output, *((spec, prompts, args.max_tokens) for spec in (args.questioner, args.roleplayer)))
     if todo:
         questioner = open_model(args.questioner, args, processes)

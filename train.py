@@ -45,7 +45,7 @@ def example_chat(name, task, conversation, response=None):
 def collate(examples, device=None):
     """[(ids, labels)] -> ids and labels, each (B, T), padded on the right. A causal model needs no mask for that: no
     token sees what comes after it. (Made from `ids != pad`, where pad is EOS, a mask would hide each end of a turn.)"""
-    return [pad_sequence([torch.tensor(row, device=device) for row in rows], batch_first=True, padding_value=value)
+    return [pad_sequence([torch.tensor(row) for row in rows], batch_first=True, padding_value=value).to(device)
             for rows, value in zip(zip(*examples), (0, -100))]
 
 
