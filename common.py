@@ -332,11 +332,11 @@ def special_tokens(tokenizer):
 
 def plain(tokenizer, chat):
     """A chat for a template: system text folded in, and each special token that a text spells broken by a blank ("</s>"
-    becomes "< /s>"), or a text could open and close turns."""
+    becomes "< /s>"), or a text could open and close turns. The assistant's texts are stripped, as by most templates."""
     spelled = "|".join(map(re.escape, special_tokens(tokenizer)))
     chat = [{**message, "content": re.sub(spelled, lambda mark: f"{mark[0][0]} {mark[0][1:]}", message["content"])}
             for message in fold_system(chat)]
-    return [{**m, "content": m["content"].strip()} if m["role"] == "assistant" else m for m in chat]    # most templates do
+    return [{**m, "content": m["content"].strip()} if m["role"] == "assistant" else m for m in chat]
 
 
 def render(tokenizer, chat, ask=False):

@@ -16,8 +16,8 @@ On a laptop, with the embedded world's server (toy/server.py) running:
 The paper's scale, 2 x 250 x 50 + 50 x 10 = 25,500 calls:
     python gold.py --oracle openai:MODEL --personas runs/paper/personas.jsonl --output runs/paper/gold.jsonl
 """
-from common import (PAIR, Request, Rows, add_data_flags, add_model_flags, all_pairs, amount, answer_all, fraction,
-                    natural, nucleus, read_personas, read_tasks, run, say, seed_for, stage_parser, start_processes)
+from common import (PAIR, Request, Rows, add_data_flags, add_model_flags, all_pairs, amount, answer_all, natural,
+                    nucleus, read_personas, read_tasks, run, say, seed_for, stage_parser, start_processes)
 
 SYSTEM_PROMPT = (
     "You are a helpful AI assistant, particularly skilled at providing personalized, satisfying answers to users "

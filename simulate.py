@@ -22,9 +22,9 @@ The paper's scale, 250 x 50 x 10 = 125,000 conversations (and the Roleplayer on 
 """
 from collections import Counter
 
-from common import (Request, Rows, SAMPLE, add_data_flags, add_model_flags, all_pairs, amount, announce, fraction,
-                    lines_of, natural, nucleus, open_model, read_personas, read_tasks, run, save_all, say, seed_for,
-                    stage_parser, start_processes)
+from common import (Request, Rows, SAMPLE, add_data_flags, add_model_flags, all_pairs, amount, announce, lines_of,
+                    natural, nucleus, open_model, read_personas, read_tasks, run, save_all, say, seed_for, stage_parser,
+                    start_processes)
 
 ELICITATION_PROMPT = (
     "A user named {name} has approached you with a request for help. The user's preferences, background and "
