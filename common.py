@@ -479,20 +479,24 @@ class ServerModel:
         """{key: Request} -> yields (key, Reply) as answers arrive, with at most --concurrency requests under way.
         `skip`: keys that need no reply; `share`: which of the others are this process's. After an error, what is under
         way, and paid for, still comes."""
-        pool, failure = ThreadPoolExecutor(self.args.concurrency), None
+        pool, failures = ThreadPoolExecutor(self.args.concurrency), []
+
+        def ask(request):
+            try:
+                return None if failures else self._ask(request, temperature, top_p, max_tokens)
+            except ConnectionError as error:
+                failures.append(error)
+
         try:
-            asked = {pool.submit(self._ask, requests[key], temperature, top_p, max_tokens): key
+            asked = {pool.submit(ask, requests[key]): key
                      for key in [key for key in requests if key not in skip][share]}
             for future in as_completed(asked):
-                if not future.cancelled() and not future.exception():
+                if future.result():
                     yield asked[future], future.result()
-                elif not failure:
-                    failure = future.exception()
-                    pool.shutdown(wait=False, cancel_futures=True)
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
-        if failure:
-            raise failure
+        if failures:
+            raise failures[0]
 
 
 class LocalModel:

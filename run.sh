@@ -93,7 +93,7 @@ paper)                                          # the published run's settings a
     grep -q "\"split\": \"$SPLIT\"" "$TASKS" || refuse "no task of split $SPLIT in $TASKS"
     ;;
 *)
-    sed -n '2,17s/^# \{0,1\}//p' "$0" >&2
+    sed -n '2,18s/^# \{0,1\}//p' "$0" >&2
     exit 2
     ;;
 esac
@@ -151,7 +151,10 @@ serve() {
     [ -n "$SERVE" ] || return 0
     served=openai:$1@http://127.0.0.1:$SERVE_PORT/v1
     [ "$1" != "$serving_model" ] && [ ! -e "$2" ] || return 0
-    [ -z "$serving" ] || kill "$serving" 2> /dev/null && wait "$serving" || true
+    if [ -n "$serving" ]; then
+        kill "$serving" 2> /dev/null || true
+        wait "$serving" 2> /dev/null || true
+    fi
     serving='' serving_model=$1
     [ -n "$1" ] || return 0
     $SERVE "$1" --port "$SERVE_PORT" > "$RUN/serve.log" 2>&1 &

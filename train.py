@@ -24,6 +24,7 @@ import os
 import shutil
 import subprocess
 from collections import defaultdict
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -106,7 +107,8 @@ def read_examples(args, tokenizer):
                 else:
                     too_long += 1
     left_out = f"{refused} refused or without a {args.target}, {too_long} longer than {args.max_length} tokens dropped"
-    return (examples, left_out) if examples else fail(f"{args.selected}: no example to train on ({left_out}).")
+    return (examples, left_out) if examples else fail(
+        f"{args.selected}: no example to train on ({left_out}). Select some first.")
 
 
 def model_card(args, settings, data, outcome):
@@ -203,10 +205,13 @@ def main():
         state = {name: weight.to(getattr(torch, args.dtype)) for name, weight in state.items()}
         unfinished = f"{args.output}.unfinished"
         shutil.rmtree(unfinished, ignore_errors=True)
-        accelerator.unwrap_model(model).save_pretrained(unfinished, state_dict=state)
-        tokenizer.save_pretrained(unfinished)
-        open(f"{unfinished}/README.md", "w", encoding="utf-8").write(model_card(args, settings, data, outcome))
-        os.replace(unfinished, args.output)                     # whole or not at all
+        try:
+            accelerator.unwrap_model(model).save_pretrained(unfinished, state_dict=state)
+            tokenizer.save_pretrained(unfinished)
+            Path(f"{unfinished}/README.md").write_text(model_card(args, settings, data, outcome), encoding="utf-8")
+            os.replace(unfinished, args.output)                 # whole or not at all
+        except Exception as error:                              # safetensors has errors of its own for a full disk
+            raise OSError(f"{args.output}: {error}")
     accelerator.wait_for_everyone()
     say(accelerator, f"{args.output}: {len(batches)} steps, {outcome}")
 
