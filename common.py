@@ -175,7 +175,10 @@ def settings_of(args, **more):
 def read_settings(output):
     """The settings with which a stage wrote an output; {} for files from elsewhere."""
     path = Path(f"{output}.settings.json")
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    try:
+        return dict(json.loads(path.read_text(encoding="utf-8"))) if path.exists() else {}
+    except (ValueError, TypeError):
+        fail(f"{path}: not as a stage writes it. Remove it, and what it belongs to.")
 
 
 def take_output(output, settings):
@@ -230,7 +233,8 @@ class Rows(dict):
             self.lock = take_output(path, settings_of(args, **more))
         processes.wait_for_everyone()
         self._read()
-        self.part = f"{path}.part-{len(unfinished(path))}-{processes.process_index}"       # a new name every time
+        number = next(n for n in range(10 ** 9) if not glob(f"{escape(str(path))}.part-{n}-*"))     # one that is free
+        self.part = f"{path}.part-{number}-{processes.process_index}"
         processes.wait_for_everyone()
 
     def _read(self):
@@ -704,7 +708,7 @@ def announce(rows, *asked):
     for spec, chats, max_tokens in asked:
         if chats and spec.startswith("openai:"):
             tokens = (sum(len(message["content"]) for chat in chats for message in chat) // 4,
-                      len(chats) * (rows.args.extra.get("max_completion_tokens") or max_tokens))
+                      len(chats) * int(rows.args.extra.get("max_completion_tokens") or max_tokens))
             say(rows.processes, f"{spec}: {len(chats):,} calls, about {tokens[0]:,} tokens in and at most "
                                 f"{tokens[1]:,} out{cost(rows.args, *tokens)}")
     if rows.args.dry_run:

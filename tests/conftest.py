@@ -2,11 +2,13 @@
 
 Everything is made here, on a CPU, offline. `select.py` is loaded as `select_stage`: its own name is the standard library's.
 """
+import gc
 import importlib.util
 import json
 import subprocess
 import sys
 import threading
+from functools import lru_cache
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -17,7 +19,10 @@ from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralFo
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
+import common  # noqa: E402
+
 torch.set_num_threads(1)
+
 
 def pytest_configure(config):
     config.addinivalue_line("markers", "slow: many repetitions; run by `python -m pytest -m slow`")
@@ -120,12 +125,20 @@ def tiny(tmp_path_factory):
     return save_model(tmp_path_factory.mktemp("models") / "tiny")
 
 
-@pytest.fixture(scope="session")
-def select_stage():
+@lru_cache
+def load_stage(name):
+    """A stage's module by its name."""
+    if name != "select":
+        return importlib.import_module(name)
     spec = importlib.util.spec_from_file_location("select_stage", ROOT / "select.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.fixture(scope="session")
+def select_stage():
+    return load_stage("select")
 
 
 def write_rows(path, rows):
@@ -146,16 +159,26 @@ def run_stage(script, *args, status=0, **more):
 
 @pytest.fixture
 def run(monkeypatch, capfd):
-    """Calls a stage's main with flags, as its command line would; returns what it printed (stdout, stderr)."""
+    """Calls a stage with flags, as its command line would; returns what it printed (stdout, stderr)."""
+    monkeypatch.setattr("openai._base_client.MAX_RETRY_DELAY", 0.01)
+
     def call(stage, *flags, status=None):
-        monkeypatch.setattr(sys, "argv", [stage.__name__ + ".py", *map(str, flags)])
+        monkeypatch.setattr(sys, "argv", [str(stage.__file__), *map(str, flags)])
+        gc.freeze()
         try:
-            stage.main()
+            common.run(stage.main)
             assert status is None, "the stage should have failed"
         except SystemExit as end:
             assert end.code == status, capfd.readouterr()
+            gc.collect()                                         # what failed lets go of its outputs; of that alone
         return capfd.readouterr()
     return call
+
+
+@pytest.fixture
+def short(monkeypatch):
+    """An elicitation prompt of a few tokens."""
+    monkeypatch.setattr("simulate.ELICITATION_PROMPT", "Ask {name} about: {task}")
 
 
 @pytest.fixture
@@ -188,13 +211,14 @@ def server():
     http.daemon_threads, http.handle_error = True, lambda *_: None      # a client that hangs up is no news
     http.requests, http.reply, http.usage = [], lambda request: (200, "Yes."), False
     http.url = f"http://127.0.0.1:{http.server_address[1]}/v1"
-    threading.Thread(target=http.serve_forever, daemon=True).start()
+    threading.Thread(target=http.serve_forever, args=(0.01,), daemon=True).start()
     yield http
     http.shutdown()
 
 
 class World:
-    """A small data set in a folder: 4 tasks and 3 personas in each of two splits, with a gold response for each pair."""
+    """A small data set in a folder: 4 tasks and 3 personas in each of two splits, a gold response for each pair, and
+    conversations of both splits (talks.jsonl of A, also selected ones, and test.jsonl)."""
 
     def __init__(self, folder, tasks=4):
         self.folder = folder
@@ -208,6 +232,30 @@ class World:
                      for t in self.tasks for p in self.personas if t["split"] == p["split"]]
         for name in ("tasks", "personas", "gold"):
             write_rows(self.path(f"{name}.jsonl"), getattr(self, name))
+        write_rows(self.path("talks.jsonl"), self.conversations("A"))
+        write_rows(self.path("test.jsonl"), self.conversations("test"))
+        write_rows(self.path("chosen.jsonl"), [{**row, "gold_log_prob": -1.0, "response": "Say it."}
+                                               for row in self.conversations("A", n=1)])
+
+    def command(self, stage, model, url=None, output=None):
+        """The flags of a stage that reads this data; a model folder is asked, and a server at url. (The evaluation is
+        that of Q_BASE.)"""
+        files, served, local = self.flags("tasks", "personas"), f"openai:m@{url}", ["--dtype", "float32"]
+        both = ["--base", model, "--questioner", model, *local, *files, *self.flags("gold"), "--max-tokens", 4]
+        return [*{
+            "generate_personas": ["--model", served, "--splits", "A=2,test=2"],
+            "gold": ["--oracle", served, *files, "--split", "A"],
+            "simulate": ["--questioner", model, "--roleplayer", served, *files, *local, "--samples", 2, "--max-tokens", 4],
+            "select": [*both, "--conversations", self.path("talks.jsonl")],
+            "train": ["--base", model, *local, *files, "--selected", self.path("chosen.jsonl"), "--batch-size", 4],
+            "evaluate": [*both, "--conversations", self.path("test.jsonl"), "--iteration", 0, "--roleplayer", "stub",
+                         "--results", self.path("results.jsonl")],
+        }[stage], "--output", self.path(output or ("out" if stage in ("train", "evaluate") else "out.jsonl"))]
+
+    def judged(self, model, url, output="e1", conversations="test.jsonl", baseline="e0"):
+        """The flags of an evaluation of Q_1, against the Q_BASE of an evaluation before."""
+        return [*self.command("evaluate", model, output=output), "--iteration", 1, "--baseline", self.path(baseline),
+                "--conversations", self.path(conversations), "--judge", f"openai:j@{url}"]
 
     def path(self, name):
         return str(self.folder / name)

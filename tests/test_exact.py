@@ -2,7 +2,6 @@
 import random
 from importlib.util import find_spec
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,6 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import common
 import train
 from conftest import build_tokenizer, make_model, save_model
+from test_models import local, scores
 
 TRL_TEMPLATES = Path(find_spec("trl").origin).parent / "chat_templates"     # of the real models, word for word
 MARKS = {  # template: (its special tokens, bos, eos)
@@ -19,10 +19,7 @@ MARKS = {  # template: (its special tokens, bos, eos)
     "gemma": (["<start_of_turn>", "<end_of_turn>"], "<bos>", "<eos>"),
     "llama3": (["<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"], "<|begin_of_text|>", "<|end_of_text|>"),
 }
-
-
 END = {"qwen3_instruct_2507": "<|im_end|>", "gemma": "<end_of_turn>", "llama3": "<|eot_id|>"}
-CPU = SimpleNamespace(device="cpu", process_index=0, num_processes=1)
 
 
 def conversations(count, seed=0):
@@ -42,8 +39,7 @@ def harness(tmp_path_factory):
     """(our model, lm-evaluation-harness around the same weights)"""
     from lm_eval.models.huggingface import HFLM
     path = save_model(tmp_path_factory.mktemp("models") / "tiny")
-    ours = common.LocalModel(path, SimpleNamespace(dtype="float32", batch_size=8), CPU)
-    return ours, HFLM(pretrained=AutoModelForCausalLM.from_pretrained(path), add_bos_token=False, device="cpu",
+    return local(path, batch_size=4), HFLM(pretrained=AutoModelForCausalLM.from_pretrained(path), add_bos_token=False, device="cpu",
                       tokenizer=AutoTokenizer.from_pretrained(path), batch_size=1, max_length=4096)
 
 
@@ -52,8 +48,7 @@ def test_log_probabilities_are_those_of_lm_evaluation_harness_on_the_same_ids(ha
     examples = [common.scored_ids(ours.tokenizer, chat) for chat in conversations(24)]
     requests = [(("", ""), ids[:-n], ids[-n:]) for ids, n in examples]
     expected = [log_prob for log_prob, _ in theirs._loglikelihood_tokens(requests, disable_tqdm=True)]
-    found = dict(ours.score(examples, tokens_per_batch=900))
-    assert [found[i] for i in range(24)] == pytest.approx(expected, rel=1e-5)
+    assert scores(ours, examples) == pytest.approx(expected, rel=1e-5)
     assert len({n for _, n in examples}) > 10 and min(expected) < -100
 
 
@@ -65,8 +60,7 @@ def test_log_probabilities_are_those_of_lm_evaluation_harness_on_the_same_texts(
     texts = [(ours.tokenizer.apply_chat_template(chat[:-1], tokenize=False), " " + chat[-1]["content"]) for chat in chats]
     expected = theirs.loglikelihood([Instance("loglikelihood", {}, pair, i) for i, pair in enumerate(texts)],
                                     disable_tqdm=True)
-    found = dict(ours.score([common.scored_ids(ours.tokenizer, chat) for chat in chats], tokens_per_batch=900))
-    assert [found[i] for i in range(12)] == pytest.approx([log_prob for log_prob, _ in expected], rel=1e-5)
+    assert scores(ours, [common.scored_ids(ours.tokenizer, chat) for chat in chats]) == pytest.approx([log_prob for log_prob, _ in expected], rel=1e-5)
 
 
 @pytest.mark.parametrize("template", MARKS)
@@ -74,9 +68,9 @@ def test_the_loss_and_its_mask_are_those_of_trl(template, tmp_path):
     from datasets import Dataset
     from trl import SFTConfig, SFTTrainer
     tokenizer = build_tokenizer((TRL_TEMPLATES / f"{template}.jinja").read_text(), *MARKS[template])
-    tokenizer.pad_token = tokenizer.eos_token
+    tokenizer.pad_token = tokenizer.convert_ids_to_tokens(0)     # train.py's padding
     model, chats = make_model(len(tokenizer)), list(conversations(6, seed=2))
-    examples = [common.supervised_ids(tokenizer, chat) for chat in chats]
+    examples = [example for chat in chats for example in common.training_examples(tokenizer, chat)]
     config = SFTConfig(output_dir=str(tmp_path), assistant_only_loss=True, per_device_train_batch_size=6, max_length=None,
                        report_to=[], use_cpu=True, bf16=False, gradient_checkpointing=False, shuffle_dataset=False)
     trainer = SFTTrainer(model, config, processing_class=tokenizer,
@@ -89,7 +83,7 @@ def test_the_loss_and_its_mask_are_those_of_trl(template, tmp_path):
     assert between.any() == (template != "llama3")
     theirs["labels"] = theirs["labels"].masked_fill(between, -100)
 
-    ids, labels = train.collate(examples, tokenizer.pad_token_id)
+    ids, labels = train.collate(examples)
     order = [theirs["input_ids"].tolist().index(row) for row in ids.tolist()]
     assert torch.equal(theirs["labels"][order], labels)
     supervised = (labels[:, 1:] != -100).sum()

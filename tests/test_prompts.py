@@ -53,8 +53,8 @@ def test_roleplayer():
 
 def test_questioner():
     first = {"role": "user", "content": text("elicitation", name=NAME, task=TASK)}
-    assert simulate.questioner_chat(simulate.ELICITATION_PROMPT, NAME, TASK, []) == [first]
-    assert simulate.questioner_chat(simulate.ELICITATION_PROMPT, NAME, TASK, TALK[:2]) == [first, *TALK[:2]]
+    assert simulate.questioner_chat(NAME, TASK, []) == [first]
+    assert simulate.questioner_chat(NAME, TASK, TALK[:2]) == [first, *TALK[:2]]
 
 
 @pytest.mark.parametrize("order, a, b", [("ours_first", "OURS", "BASE"), ("base_first", "BASE", "OURS")])

@@ -8,11 +8,20 @@ import pytest
 from conftest import ROOT
 
 RECORDER = """#!/bin/sh
-case "$1" in toy/server.py)                                       # says where it listens, and stays, as the real one does
+case "$1" in
+toy/server.py)                                                    # says where it listens, and stays, as the real one does
+    printf '%s\\t' "$@" >> "$RECORD"; echo >> "$RECORD"
     while [ $# -gt 0 ]; do [ "$1" = --port-file ] && echo http://127.0.0.1:1/v1 > "$2"; shift; done
     exec sleep 60 ;;
+-c)                                                               # is the served model there?
+    until [ -e "$RECORD.up" ] || [ "$SERVE" = false ]; do sleep 0.02; done
+    [ -e "$RECORD.up" ]; exit ;;
+serve.py)                                                         # a model's server, which ends when it is told to
+    trap 'rm "$RECORD.up"; kill $!; printf "stop.py\\t--folder\\t$2\\n" >> "$RECORD"; exit' TERM
+    sleep 60 & printf "serve.py\\t--folder\\t$2\\t$3\\t$4\\n" >> "$RECORD"; touch "$RECORD.up"; wait ;;
+*)
+    printf '%s\\t' "$@" >> "$RECORD"; echo >> "$RECORD" ;;
 esac
-printf '%s\\t' "$@" >> "$RECORD"; echo >> "$RECORD"
 """
 
 
@@ -30,6 +39,7 @@ def record(tmp_path):
         out.write_text("")
         done = subprocess.run(["bash", "run.sh", *mode], cwd=ROOT, capture_output=True, text=True, timeout=60, env={
             "PATH": f"{recorder.parent}:/usr/bin:/bin", "RECORD": str(out), "RUN": str(tmp_path / "r"), **more})
+        run.said = done.stderr
         assert done.returncode == 0, done.stderr
         commands = []
         for line in out.read_text().splitlines():
@@ -53,7 +63,7 @@ def of(commands, script, folder=""):
 def test_the_full_run(record, tmp_path):
     commands = record()
     run = str(tmp_path / "r")
-    assert [name for name, _ in commands[:3]] == ["toy/world.py", "generate_personas.py", "gold.py"]
+    assert [name for name, _ in commands[:4]] == ["toy/server.py", "toy/world.py", "generate_personas.py", "gold.py"]
     assert commands[-1][0] == "toy/report.py"
     for variant in ("main", "no_reg", "gold"):
         models = of(commands, "train.py", f"/{variant}/")
@@ -96,15 +106,58 @@ def test_the_full_run(record, tmp_path):
 
 
 def test_the_controls_select_in_another_way(record, tmp_path):
-    commands = record(VARIANTS="main random permuted", ITERATIONS="2")
+    commands, run = record(VARIANTS="main random permuted", ITERATIONS="2"), f"{tmp_path}/r"
     for control in ("random", "permuted"):
         selections = of(commands, "select.py", f"/{control}/")
-        assert [flags["--pick"] for flags in selections] == [[control]] * 2
-        assert selections[0]["--conversations"] == [f"{tmp_path}/r/base/conversations.jsonl"]
+        assert [flags.get("--pick") for flags in selections] == [["random"] if control == "random" else None] * 2
+        assert [flags["--gold"] for flags in selections] == [
+            [f"{run}/{'gold' if control == 'random' else 'permuted'}.jsonl"]] * 2
+        assert selections[0]["--conversations"] == [f"{run}/base/conversations.jsonl"]
         assert [flags["--selected"] for flags in of(commands, "train.py", f"/{control}/")] == [
             flags["--output"] for flags in selections]
         assert all(flags["--target"] == ["response"] for flags in of(commands, "train.py", f"/{control}/"))
-    assert not any("--pick" in flags for flags in of(commands, "select.py", "/base/"))
+    assert all("--pick" not in flags and flags["--gold"] == [f"{run}/gold.jsonl"]
+               for flags in of(commands, "evaluate.py") + of(commands, "select.py", "/base/"))
+    assert {(flags["--gold"][0], flags["--output"][0]) for flags in of(commands, "toy/permute.py")} == {
+        (f"{run}/gold.jsonl", f"{run}/permuted.jsonl")}
+
+
+def test_each_questioner_is_served_while_it_asks_and_answers_and_while_nothing_trains(record, tmp_path):
+    """One at a time; Q_BASE scores from its folder."""
+    run, folder, served = f"{tmp_path}/r", None, []
+    for name, flags in record(VARIANTS="main base_answers no_reg", ITERATIONS="2", SERVE="python serve.py", SERVE_PORT="9"):
+        if name in ("serve.py", "stop.py"):
+            assert (folder is None) == (name == "serve.py")
+            folder = flags["--folder"][0] if name == "serve.py" else None
+            served += [folder] if folder else []
+        elif name in ("simulate.py", "select.py", "evaluate.py"):
+            assert flags["--questioner"] == [f"openai:{folder}@http://127.0.0.1:9/v1"]
+            assert name == "simulate.py" or flags["--base"] == ["toy/base"]
+        elif name == "train.py":
+            assert folder is None and "--questioner" not in flags
+    assert folder is None, "it is down at the end"
+    models = {v: [f"{run}/{v}/{t}/model" for t in (1, 2)] for v in ("main", "no_reg")}
+    assert served == ["toy/base", *models["main"], "toy/base", *models["no_reg"]]
+
+
+def test_what_is_done_needs_no_server(record, tmp_path):
+    for path in ("base/test.jsonl", "base/test/responses.jsonl", "base/conversations.jsonl", "base/selected.jsonl",
+                 "main/1/test.jsonl", "main/1/test/responses.jsonl"):
+        (tmp_path / "r" / path).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "r" / path).write_text("")
+    commands = record("smoke", VARIANTS="main no_reg", SERVE="python serve.py")
+    assert [flags["--folder"] for flags in of(commands, "serve.py")] == [[f"{tmp_path}/r/no_reg/1/model"]]
+
+
+def test_serving_is_quiet(record):
+    record("smoke", SERVE="python serve.py")
+    assert record.said == ""
+
+
+def test_a_server_that_does_not_start(record):
+    with pytest.raises(AssertionError):
+        record("smoke", SERVE="false")
+    assert record.said.splitlines()[-1].startswith("run.sh: SERVE ended: see ")
 
 
 def test_the_papers_run(record):
@@ -117,7 +170,7 @@ def test_the_papers_run(record):
 
 
 def test_one_model_in_every_role(record):
-    """On this machine, on all GPUs; a server is asked by one process."""
+    """On this machine, on all GPUs."""
     commands = record("paper", BASE="m", ORACLE="m", ROLEPLAYER="m")
     assert not any("openai:" in word for _, flags in commands for words in flags.values() for word in words)
     for script, flag in (("generate_personas", "--model"), ("gold", "--oracle"), ("simulate", "--roleplayer"),
@@ -125,13 +178,12 @@ def test_one_model_in_every_role(record):
         assert {flags[flag][0] for flags in of(commands, f"{script}.py") if flag in flags} == {"m"}
         assert all("launch" in flags["launch"] for flags in of(commands, f"{script}.py"))
     asked = record("paper", ORACLE="openai:o", ROLEPLAYER="m", SERVER_FLAGS="--max-refused 0.1 --concurrency 9")
-    assert all("launch" not in flags["launch"] for name, flags in asked if name in ("generate_personas.py", "gold.py"))
-    assert all((flags.get("--concurrency") == ["9"]) == (name in ("generate_personas.py", "gold.py", "simulate.py",
-                                                                  "evaluate.py")) for name, flags in asked)
+    assert all((flags.get("--concurrency") == ["9"]) == (name != "train.py") for name, flags in asked)
 
 
 def test_a_limit_holds_for_every_stage(record):
-    commands = record(LIMIT="5")
+    commands = record(LIMIT="5", FAULTS='{"429": 0.1}')
+    assert commands[0][1]["--faults"] == ['{"429": 0.1}']
     assert all(flags["--limit"] == ["5"] for name, flags in commands if name in ("simulate.py", "select.py", "gold.py"))
     assert all(flags["--limit"] == ["224"] for flags in of(record(), "simulate.py", "conversations.jsonl"))
 

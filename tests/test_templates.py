@@ -1,49 +1,168 @@
 """Chat templates of real models: every chat that the pipeline builds renders, spans are exact, hostile texts stay text.
 
-The templates are TRL's copies of the models' own; Mistral's three are written from their published formats. The tokenizer
-is made here: byte-level, with the template's special tokens.
+The tokenizers are trained here on a few sentences, so that they merge letters, and across the borders of turns. As those
+of Gemma, Phi and Llama-3 they do not *name* their marks: only the file says that these are special.
 """
+import json
 import random
 import re
+from functools import lru_cache
 from importlib.util import find_spec
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
 
 import common
 import evaluate
 import simulate
 import train
-from conftest import build_tokenizer
+from conftest import make_model
+from test_models import local
+
+SENTENCES = ["Which tea do you like, green or black?", "I would like a green one. I drink it in the morning.", "Yes.", "Hot?",
+             "Try sencha, Ann: it is green, and you like it.\n\nOr try another one.", "user\n", "model\n", "assistant\n\n",
+             "### Response:\nYes. ", "### Instruction:\nI am Ann.\n\n", "[INST] What [/INST] Yes.", "User: What?\n\nFalcon: Yes."]
+
+
+@lru_cache
+def trained(kind):
+    """A tokenizer's file: of bytes as Llama-3's; of pieces over blanks and lines as Gemma's, or, where each piece between
+    two marks is prefixed with a blank, Mistral's; or of unigrams, a word each."""
+    tokenizer = Tokenizer(models.Unigram() if kind == "unigrams" else models.BPE())
+    trainer = trainers.BpeTrainer(vocab_size=400, min_frequency=1, show_progress=False)
+    if kind == "unigrams":
+        tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
+        trainer = trainers.UnigramTrainer(vocab_size=120, unk_token="<unk>", special_tokens=["<unk>"], show_progress=False)
+    elif kind == "bytes":
+        tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+        trainer.initial_alphabet = pre_tokenizers.ByteLevel.alphabet()
+    else:
+        tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁")] * (kind == "prefixed") + [normalizers.Replace(" ", "▁")])
+        tokenizer.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
+    tokenizer.train_from_iterator(SENTENCES, trainer)
+    file = json.loads(tokenizer.to_str())
+    if kind in ("pieces", "prefixed"):
+        file["model"]["byte_fallback"] = True
+        file["model"]["vocab"].update({f"<0x{i:02X}>": len(file["model"]["vocab"]) + i for i in range(256)})
+    return json.dumps(file)
+
+
+def build(kind, template, marks, bos, eos, rstrip=False):
+    tokenizer = Tokenizer.from_str(trained(kind))
+    marks = list(dict.fromkeys(filter(None, [bos, eos, *marks])))
+    tokenizer.add_special_tokens([AddedToken(mark, special=True, normalized=False, rstrip=rstrip) for mark in marks])
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token=bos or None, eos_token=eos)
+    assert set(fast.all_special_tokens) == set(filter(None, [bos, eos])), "the others have no names"
+    fast.chat_template, fast.marks = template, marks
+    return fast
+
+
+def broken(tokenizer, text):
+    for mark in tokenizer.marks:
+        text = text.replace(mark, f"{mark[0]} {mark[1:]}")
+    return text
+
+
+class Family(NamedTuple):
+    kind: str
+    bos: str
+    eos: str
+    marks: list                     # beside these two
+    user: str                       # the user's turn; then the assistant's: what invites it, a blank, the text, its end
+    ask: str
+    blank: str
+    end: str
+    after: str                      # what the template writes between two turns
+
+
+HEADER = "<|start_header_id|>{}<|end_header_id|>\n\n"
+FAMILIES = {
+    "gemma": Family("pieces", "<bos>", "<eos>", ["<start_of_turn>", "<end_of_turn>"], "<start_of_turn>user\n{}<end_of_turn>\n",
+                    "<start_of_turn>model\n", "", "<end_of_turn>", "\n"),
+    "llama3": Family("bytes", "<|begin_of_text|>", "<|end_of_text|>", ["<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"],
+                     HEADER.format("user") + "{}<|eot_id|>", HEADER.format("assistant"), "", "<|eot_id|>", ""),
+    "phi3": Family("prefixed", "<s>", "<|endoftext|>", ["<|user|>", "<|assistant|>", "<|end|>"], "<|user|>\n{}<|end|>\n",
+                   "<|assistant|>\n", "", "<|end|>", "\n"),
+    "phi4": Family("bytes", "", "<|endoftext|>", ["<|im_start|>", "<|im_sep|>", "<|im_end|>"],
+                   "<|im_start|>user<|im_sep|>{}<|im_end|>", "<|im_start|>assistant<|im_sep|>", "", "<|im_end|>", ""),
+    "qwen": Family("bytes", "", "<|endoftext|>", ["<|im_start|>", "<|im_end|>"], "<|im_start|>user\n{}<|im_end|>\n",
+                   "<|im_start|>assistant\n", "", "<|im_end|>", "\n"),
+    "mistral_v0.1": Family("prefixed", "<s>", "</s>", [], "[INST] {} [/INST]", "", "", "</s>", " "),
+    "mistral_v0.2": Family("prefixed", "<s>", "</s>", [], " [INST] {} [/INST]", "", " ", "</s>", ""),
+    "mistral_v0.3": Family("prefixed", "<s>", "</s>", ["[INST]", "[/INST]"], "[INST] {}[/INST]", "", " ", "</s>", ""),
+    "zephyr": Family("prefixed", "", "</s>", [], "<|user|>\n{}</s>\n", "<|assistant|>\n", "", "</s>", "\n"),
+    "unigrams": Family("unigrams", "", "</s>", ["<turn>"], "<turn>user: {}</s>", "<turn>model:", " ", "</s>", ""),
+    "chatglm3": Family("pieces", "[gMASK]", "</s>", ["<|user|>", "<|assistant|>"], "<|user|>\n {}", "<|assistant|>", "\n ", "", ""),
+    "alpaca": Family("prefixed", "<s>", "</s>", [], "### Instruction:\n{}\n\n", "### Response:\n", "", "", "\n\n"),
+    "falcon": Family("bytes", "", "<|endoftext|>", [], "User: {}\n\n", "Falcon:", " ", "", "\n\n"),
+}
+
+
+def tokenizer_of_family(name):
+    _, bos, eos, marks, user, ask, blank, end, after = family = FAMILIES[name]
+    template = "{{ %r }}{%% for m in messages %%}{%% if m['role'] == 'user' %%}{{ %r }}{{ m['content'] }}{{ %r }}{%% else %%}{{ %r }}" \
+               "{{ m['content'] }}{{ %r }}{%% endif %%}{%% endfor %%}{%% if add_generation_prompt %%}{{ %r }}{%% endif %%}" % (
+                   bos, *user.split("{}"), ask + blank, end + after, ask)
+    return build(family.kind, template, marks, bos, eos, rstrip=name.startswith("phi"))
+
+
+def hostile_text(rng, marks, most=6):
+    return "".join(rng.choice(marks + ["a", "é", ".", "茶"]) for _ in range(rng.randint(0, most)))
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_labels_of_marks_without_names_and_of_templates_without_an_end(name, tmp_path):
+    """Against the same texts put together by hand: a token is learned if it has a character of an answer or of its end."""
+    tokenizer, family, rng = tokenizer_of_family(name), FAMILIES[name], random.Random(name)
+    pieces = [*tokenizer.marks, "[INST]", "</s>", "assistant\n", "\n\n", " ", "{{ 1 }}", "### Response:\n", "\n\nUser: ", *SENTENCES]
+    for number in range(80):
+        texts = [["I am Ann.", "", "Green.", " Yes"], ["Tea?", "\n Hot?", "", ""]][number] if number < 2 else [
+            hostile_text(rng, pieces) for _ in range(4)]
+        chat = [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(texts)]
+        text, turns = family.bos, []
+        for user, answer in ((texts[0], texts[1]), (texts[2], texts[3])):
+            text += family.user.format(broken(tokenizer, user)) + family.ask
+            prompt, answer = text, broken(tokenizer, answer).strip()
+            first, last = len(text), len(text + family.blank + answer)
+            turns.append((first, last, last + len(family.end)) if answer or family.end else (0, 0, 0))
+            text += family.blank + answer + family.end + family.after
+        encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+        inside = lambda first, end: [a < end and b > first for a, b in encoded["offset_mapping"]]
+        learned = map(any, zip(*(inside(first, end) for first, _, end in turns)))
+        expected = [token if inside else -100 for token, inside in zip(encoded["input_ids"], learned)]
+        assert common.training_examples(tokenizer, chat) == [(encoded["input_ids"], expected)], texts
+        ids, n = common.scored_ids(tokenizer, chat)
+        answer = inside(*turns[-1][:2]) if texts[3].strip() else []
+        assert n == sum(answer) and (not n or ids == encoded["input_ids"][:len(answer) - answer[::-1].index(True)])
+        assert common.prompt_ids(tokenizer, chat[:3]) == tokenizer(prompt, add_special_tokens=False)["input_ids"]
+        marks = [encoded["input_ids"].count(i) for i in tokenizer.convert_tokens_to_ids(tokenizer.marks)]
+        assert marks == [text.count(mark) for mark in tokenizer.marks]
+        assert number == 0 or marks == clean, "a text opened or closed a turn"
+        clean = marks
+    make_model(len(tokenizer)).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    stops = {tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids(family.end or family.eos)}
+    assert local(tmp_path).stops - {None, 2} == stops, "an answer ends with its end of turn; 2 is this model's default"
+
+
+# ------------------------------------------------------------ TRL's copies of real models' own templates
 
 TRL = Path(find_spec("trl").origin).parent / "chat_templates"
-ROLES = ("{% if (m['role'] == 'user') != (loop.index0 % 2 == 0) %}{{ raise_exception('roles must alternate') }}{% endif %}")
-MISTRAL = {
-    "mistral_v0.1": "{{ bos_token }}{% for m in messages %}" + ROLES + "{% if m['role'] == 'user' %}{{ '[INST] ' + m['content'] "
-                    "+ ' [/INST]' }}{% else %}{{ m['content'] + eos_token + ' ' }}{% endif %}{% endfor %}",
-    "mistral_v0.2": "{{ bos_token }}{% for m in messages %}" + ROLES + "{% if m['role'] == 'user' %}{{ ' [INST] ' + m['content'] "
-                    "+ ' [/INST]' }}{% else %}{{ ' ' + m['content'] + eos_token }}{% endif %}{% endfor %}",
-    "mistral_v0.3": "{{ bos_token }}{% for m in messages %}" + ROLES + "{% if m['role'] == 'user' %}{{ '[INST] ' + m['content'] "
-                    "+ '[/INST]' }}{% else %}{{ ' ' + m['content'] | trim + eos_token }}{% endif %}{% endfor %}",
-}
 NAMES = ["llama3", "llama3_1", "gemma", "gemma3", "qwen2_5", "qwen3", "qwen3_instruct_2507", "qwen3_5_nothink", "phi3",
-         "phi3_5", "gptoss", "glm4moe", "cohere2", *MISTRAL]
+         "phi3_5", "gptoss", "glm4moe", "cohere2"]
 ONE_BY_ONE = {"qwen3_5_nothink"}                                  # an empty thought stands before the last answer only
 TALK = [{"role": "assistant", "content": "Green or black?"}, {"role": "user", "content": "Green."},
         {"role": "assistant", "content": "Hot?"}, {"role": "user", "content": "Yes."}]
 
 
-def tokenizer_of(name):
-    if name in MISTRAL:                                            # from v0.3 on the turns' marks are tokens
-        return build_tokenizer(MISTRAL[name], ["[INST]", "[/INST]"] if name == "mistral_v0.3" else [], "<s>", "</s>")
-    template = (TRL / f"{name}.jinja").read_text()
-    marks = sorted(set(re.findall(r"<\|\w+\|>|<(?:start|end)_of_turn>|</?think>", template)))
-    return build_tokenizer(template, marks, "<s>", "</s>")
-
-
 @pytest.fixture(params=NAMES)
 def tokenizer(request):
-    tokenizer = tokenizer_of(request.param)
+    template = (TRL / f"{request.param}.jinja").read_text()
+    marks = sorted(set(re.findall(r"<\|\w+\|>|<(?:start|end)_of_turn>|</?think>", template)))
+    tokenizer = build("bytes", template, marks, "<s>", "</s>")
     tokenizer.name = request.param
     return tokenizer
 
@@ -53,7 +172,7 @@ def said(tokenizer, labels):
 
 
 def test_every_chat_of_the_pipeline_renders_with_bos_once(tokenizer):
-    chats = [simulate.questioner_chat(simulate.ELICITATION_PROMPT, "Ann", "Tea?", TALK[:length]) for length in (0, 2, 4)]
+    chats = [simulate.questioner_chat("Ann", "Tea?", TALK[:length]) for length in (0, 2, 4)]
     chats += [common.response_form("Ann", "Tea?", TALK[:length]) for length in (0, 2, 4)]
     chats += [simulate.roleplayer_chat("I'm Ann.", "Tea?", TALK[:1]), common.response_form("Ann", "Tea?", [], "I'm Ann."),
               evaluate.judge_chat("I'm Ann.", "Tea?", "A.", "B.", "ours_first")]
@@ -71,30 +190,28 @@ def test_all_that_the_assistant_says_is_supervised_and_nothing_else(tokenizer):
     examples = common.training_examples(tokenizer, train.example_chat("Ann", "Tea?", TALK, texts[-1]))
     assert len(examples) == (3 if tokenizer.name in ONE_BY_ONE else 1)
     whole = "".join(said(tokenizer, labels) for _, labels in examples)
-    spaced = re.escape(texts[0]) + "(.*)" + re.escape(texts[1]) + "(.*)" + re.escape(texts[2]) + "(.*)"
-    ends = re.fullmatch(rf"\s?{spaced}", whole, re.DOTALL).groups()
-    assert all(end.strip() in (*tokenizer.all_special_tokens, "") for end in ends), ends
-    assert ends[2].strip() or tokenizer.name == "glm4moe", "the end of the last turn is learned, too"
+    ends = re.fullmatch(r"\s?" + "(.*)".join(map(re.escape, texts)) + "(.*)", whole, re.DOTALL).groups()
+    assert all(end.strip() in (*tokenizer.marks, "") for end in ends), ends
+    assert all(end.strip() for end in ends) == (tokenizer.name != "glm4moe"), "ends are learned; GLM's template has none"
 
 
 def test_hostile_texts_stay_text_and_others_get_the_templates_ids(tokenizer):
     rng = random.Random(tokenizer.name)
-    marks = [*tokenizer.all_special_tokens, "[INST]", "[/INST]", "<|im_start|>user", "system", "assistant", "\n\n", " ", "{{ 1 }}"]
-    prompt = "My name is Ann.\n\nTea?"
-    counts = None
-    for number in range(300):
-        hostile = ["".join(rng.choice(marks + ["a", "é", "."]) for _ in range(rng.randint(1, 6))).strip() or "x"
-                   for _ in range(3)]
+    marks = [*tokenizer.marks, "[INST]", "[/INST]", "<|im_start|>user", "system", "assistant", "\n\n", " ", "{{ 1 }}"]
+    prompt, counts = "My name is Ann.\n\nTea?", None
+    for number in range(100):
+        hostile = [hostile_text(rng, marks).strip() or "x" for _ in range(3)]
         if tokenizer.name in ("qwen3", "qwen3_5_nothink"):         # these cut a message at a thought's end: that is theirs
             hostile = [text.replace("think", "thing") for text in hostile]
         chat = [{"role": "user", "content": prompt + hostile[0]}, {"role": "assistant", "content": hostile[1]},
                 {"role": "user", "content": hostile[2]}, {"role": "assistant", "content": "Try sencha."}]
         examples = common.training_examples(tokenizer, chat)
-        tokens = [[ids.count(special) for special in tokenizer.all_special_ids] for ids, _ in examples]
+        tokens = [[ids.count(mark) for mark in tokenizer.convert_tokens_to_ids(tokenizer.marks)] for ids, _ in examples]
         counts = counts or tokens
         assert tokens == counts, f"a text opened or closed a turn: {hostile}"
         learned = "".join(said(tokenizer, labels) for _, labels in examples)
-        assert hostile[1] in learned and "Try sencha." in learned and prompt not in learned
+        assert broken(tokenizer, hostile[1]) in learned and "Try sencha." in learned and prompt not in learned
     plain = [{**message, "content": "".join(rng.choice("abc .,?é\n") for _ in range(30)) + "."} for message in chat]
     ids, _ = common.training_examples(tokenizer, plain)[-1]
-    assert ids == tokenizer.apply_chat_template(plain, return_dict=False)
+    assert ids == tokenizer.apply_chat_template([{**m, "content": m["content"].strip()} if m["role"] == "assistant" else m
+                                                 for m in plain], return_dict=False)

@@ -14,10 +14,12 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.append(str(ROOT / "toy"))
 import measure  # noqa: E402
+import permute  # noqa: E402
 import pretrain  # noqa: E402
 import report  # noqa: E402
 import server  # noqa: E402
 import world  # noqa: E402
+from common import read_gold  # noqa: E402
 
 
 def prompt(name):
@@ -277,6 +279,31 @@ def test_measure_by_hand(tmp_path):
     assert measure.invented_facts("Your pet is dog.", [], "Help me plan a bold dinner.") == 1
 
 
+# ---- the control of the selection
+
+def test_permuted_golds_belong_to_somebody_else():
+    golds = {(f"t{t}", f"p{p}"): f"g{t}{p}" for t in range(20) for p in range(4)}
+    dealt = permute.permuted(golds, 1)
+    assert set(dealt) == set(golds) and sorted(dealt.values()) == sorted(golds.values()), "each gold is dealt once"
+    assert all(gold != golds[pair] and gold[:-1] == golds[pair][:-1] for pair, gold in dealt.items()), "of the same task"
+    assert len({tuple(dealt[f"t{t}", f"p{p}"][-1] for p in range(4)) for t in range(20)}) == 3, "by all three rotations"
+    assert permute.permuted({("t", "p0"): "g"}, 1) == {("t", "p0"): None}, "nobody else is there"
+    refused = permute.permuted({("t", "p0"): "a", ("t", "p1"): None, ("t", "p2"): "c"}, 1)
+    assert refused == {("t", "p0"): "c", ("t", "p1"): None, ("t", "p2"): "a"}, "a refused gold is dealt to nobody"
+
+
+def test_a_file_of_permuted_golds_is_read_as_golds(tmp_path):
+    golds = {(t, p): f"Try {p} for {t}, Zoë." for t in ("t0", "t1") for p in ("p0", "p1")} | {("t2", "p0"): "Alone."}
+    (tmp_path / "g.jsonl").write_text("".join(json.dumps({"task_id": t, "persona_id": p, "split": "A", "gold": gold}) + "\n"
+                                              for (t, p), gold in golds.items()))
+    command = [sys.executable, ROOT / "toy/permute.py", "--gold", tmp_path / "g.jsonl", "--output", tmp_path / "p.jsonl"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0 and "5 golds" in done.stdout and not done.stderr
+    assert read_gold(tmp_path / "p.jsonl") == permute.permuted(golds, 42)
+    done = subprocess.run([*command, "--gold", "nowhere"], capture_output=True, text=True)
+    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1 and "nowhere" in done.stderr
+
+
 # ---- the report
 
 def results_of(**changed):
@@ -368,7 +395,7 @@ def test_ties_are_told_from_the_scores_that_the_judge_names(tmp_path):
     said = [("ours_first", 2, 1, "ours"), ("base_first", 2, 1, "base"), ("base_first", -1, 0, "ours"), ("ours_first", 0, 0, "base"),
             ("base_first", 1, 1, "ours"), ("ours_first", -2, -1, "base"), ("ours_first", 3, -1, "ours"), ("base_first", 0, 2, "ours")]
     (folder / "verdicts.jsonl").write_text("".join(json.dumps(
-        {"task_id": "t", "persona_id": f"p{i}", "order": order, "verdict": verdict,
+        {"task_id": "t", "persona_id": f"p{i // 2}", "order": order, "verdict": verdict,
          "raw": f"Comparison: response A scores {a}, response B scores {b}.\n\nFinal Response: A"}) + "\n"
         for i, (order, a, b, verdict) in enumerate(said)))
     assert report.outcomes(tmp_path, "test") == {("main", 2): (4 / 8, 2 / 8, 2 / 8)}

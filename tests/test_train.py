@@ -1,16 +1,18 @@
 """Training: what is learned from, the loss, its gradients, and that Q_BASE stays as it is."""
 import hashlib
-import itertools
+import json
+import subprocess
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+from accelerate import Accelerator
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import common
 import train
-from conftest import END_OF_TURN, TEMPLATES, make_model, make_tokenizer, save_model, write_rows
+from conftest import END_OF_TURN, ROOT, TEMPLATES, make_model, make_tokenizer, save_model, write_rows
 
 TALK = [{"role": "assistant", "content": "Green or black?"}, {"role": "user", "content": "Green."},
         {"role": "assistant", "content": "Hot?"}, {"role": "user", "content": "Yes."}]
@@ -49,68 +51,32 @@ def test_too_long_examples_are_dropped_and_counted_never_cut(world):
     assert max(len(ids) for of_pair in examples.values() for ids, _ in of_pair) <= 400
 
 
-def test_the_loss_is_the_sum_over_supervised_tokens():
-    """Against full logits, one text at a time, without padding or a mask."""
+def loss_alone(model, ids, labels):
+    """Sum over the supervised tokens of one text: full logits, no padding, no mask."""
+    return torch.nn.functional.cross_entropy(model(torch.tensor([ids])).logits[0, :-1], torch.tensor(labels[1:]),
+                                             ignore_index=-100, reduction="sum")
+
+
+def test_the_loss_is_the_mean_over_the_supervised_tokens_of_the_batch():
+    """Not over texts or micro-batches, whose answers are of very different lengths; also with texts without any."""
     tokenizer = make_tokenizer("mistral")
     model = make_model(len(tokenizer))
-    chats = [train.example_chat("Ann", "Tea" * i, TALK[:2 * i], "r" * 3 * i) for i in (1, 2)]
-    examples = [common.supervised_ids(tokenizer, chat) for chat in chats] + [([1, 2, 3], [-100] * 3)]
-    ids, labels = train.collate(examples, pad=tokenizer.eos_token_id)
-    assert ids.shape == labels.shape == (3, max(len(row) for row, _ in examples)) and tokenizer.eos_token_id in examples[1][0][1:-1]
-    expected, supervised = 0.0, 0
-    for row, targets in examples:
-        log_p = model(torch.tensor([row])).logits[0].log_softmax(-1)
-        expected -= sum(log_p[t - 1, target].item() for t, target in enumerate(targets) if target != -100)
-        supervised += sum(target != -100 for target in targets)
-    loss = train.sum_loss(model, ids, labels)
-    assert loss.item() == pytest.approx(expected, abs=1e-3) and supervised > 30
-    loss.backward()
-    ours = [weight.grad.clone() for weight in model.parameters()]
-    model.zero_grad()
-    sum(torch.nn.functional.cross_entropy(model(torch.tensor([row])).logits[0, :-1], torch.tensor(targets[1:]),
-                                          ignore_index=-100, reduction="sum")
-        for row, targets in examples[:2]).backward()
-    assert all(torch.allclose(a, b.grad, atol=1e-4) for a, b in zip(ours, model.parameters()))
-
-
-def test_batches_hold_every_example_once_and_micro_batches_little_padding():
-    import numpy as np
-    lengths = [(37 * i) % 200 + 1 for i in range(103)]
-    batches = train.epoch_batches(lengths, 16, np.random.default_rng(0))
-    assert sorted(i for batch in batches for i in batch) == list(range(103)) and [len(b) for b in batches] == [16] * 6 + [7]
-    assert batches != train.epoch_batches(lengths, 16, np.random.default_rng(1))
-    for batch in batches:
-        assert [lengths[i] for i in batch] == sorted(lengths[i] for i in batch)
-        for count in (1, 4, 16):
-            parts = train.micro_batches(batch, lengths, count)
-            assert len(parts) == count and [i for part in parts for i in part] == batch
-    assert train.micro_batches([], lengths, 2) == [[], []]
-
-
-@pytest.mark.parametrize("lengths", [[3, 3, 3, 3], [1, 1, 1, 1, 4, 4, 8], [5], [2, 3, 5, 7, 11, 13, 17, 19], [1] * 6 + [100]])
-def test_the_largest_micro_batch_is_as_small_as_can_be(lengths):
-    def tokens(parts):
-        return max(len(part) * max(lengths[i] for i in part) for part in parts if part)
-    for count in (1, 2, 3, 5):
-        every = [[list(range(a, b)) for a, b in zip((0, *cuts), (*cuts, len(lengths)))]
-                 for cuts in itertools.combinations_with_replacement(range(len(lengths) + 1), count - 1)]
-        parts = train.micro_batches(list(range(len(lengths))), lengths, count)
-        assert tokens(parts) == min(map(tokens, every)) and len(parts) == count
-
-
-def test_the_lean_cross_entropy_is_the_plain_one():
-    logits = torch.randn(600, 50, generator=torch.Generator().manual_seed(0)) * 4
-    targets = torch.arange(600) % 50
-    targets[::3] = -100
-    for dtype in (torch.float32, torch.bfloat16):
-        ours, plain = (logits.to(dtype, copy=True).requires_grad_() for _ in range(2))
-        loss = train.LeanCrossEntropy.apply(ours * 1, targets)
-        expected = torch.nn.functional.cross_entropy(plain.float(), targets, ignore_index=-100, reduction="sum")
-        (loss / 7).backward()
-        (expected / 7).backward()
-        assert torch.allclose(loss, expected) and torch.equal(ours.grad, plain.grad)
-        own = plain.float().detach().softmax(1) - torch.nn.functional.one_hot(targets.clamp(min=0), 50)
-        assert torch.allclose(ours.grad.float(), own.where(targets[:, None] != -100, 0.0) / 7, atol=2e-3)
+    chats = [train.example_chat("Ann", "Tea" * i, TALK[:2 * i], "r" * 13 ** i) for i in (1, 2)]
+    examples = [common.training_examples(tokenizer, chat)[0] for chat in chats] + [([1, 2, 3], [-100] * 3), ([5, 6], [5, 6])]
+    ids, labels = train.collate(examples)
+    assert ids.shape == labels.shape == (4, max(len(row) for row, _ in examples)) and tokenizer.eos_token_id in examples[1][0][1:-1]
+    supervised = sum(target != -100 for _, targets in examples for target in targets[1:])
+    parts = [loss_alone(model, *example) for example in examples]
+    assert train.sum_loss(model, ids, labels).item() == pytest.approx(sum(parts).item(), rel=1e-5) and supervised > 200
+    (sum(parts) / supervised).backward()
+    expected = [weight.grad.clone() for weight in model.parameters()]
+    for size in (1, 3, 8):
+        model.zero_grad()
+        loss = train.mean_loss(Accelerator(), model, examples, size, learn=True)
+        assert loss == pytest.approx(sum(parts).item() / supervised, rel=1e-5)
+        assert all(torch.allclose(a.grad, b, atol=1e-5) for a, b in zip(model.parameters(), expected))
+        model.zero_grad()
+        assert train.mean_loss(Accelerator(), model, examples, size) == loss and model.lm_head.weight.grad is None
 
 
 def train_flags(world, base, output, *more):
@@ -118,9 +84,9 @@ def train_flags(world, base, output, *more):
             "--output", world.path(output), "--lr", "1e-3", "--batch-size", 8, "--micro-batch-size", 8, "--epochs", 2, *more]
 
 
-def selected(world):
-    rows = [{**row, "gold_log_prob": -1.0, "response": f"Say {i}."} for i, row in enumerate(world.conversations("A", n=1))]
-    write_rows(world.path("s.jsonl"), rows)
+def selected(world, count=12):
+    write_rows(world.path("s.jsonl"), [{**row, "gold_log_prob": -1.0, "response": f"Say {i}."}
+                                       for i, row in enumerate(world.conversations("A", n=1))][:count])
 
 
 def digest(folder):
@@ -133,7 +99,7 @@ def test_training_from_the_command_line(run, world, tmp_path):
     selected(world)
     out, _ = run(train, *train_flags(world, base, "m"))
     assert digest(base) == before, "Q_BASE's files must not change"
-    assert "11 examples + 1 held out" in out and "batch 8 = 8 x accumulation 1 x 1 processes; 4 steps" in out
+    assert "11 examples + 1 held out" in out and "; 4 steps of 8, on 1 processes 8 at a time" in out
     held_out = [float(x) for x in out.split("held out ")[-1].split(",")[0].split(" -> ")]
     assert held_out[1] < held_out[0], "the loss on held-out examples should fall"
     model, tokenizer = AutoModelForCausalLM.from_pretrained(world.path("m")), AutoTokenizer.from_pretrained(world.path("m"))
@@ -146,39 +112,82 @@ def test_training_from_the_command_line(run, world, tmp_path):
     assert "target: 'response' there, 'none' now" in err
     run(train, *train_flags(world, base, "again"))
     assert digest(world.path("again"))["model.safetensors"] == after["model.safetensors"], "the same seed, the same weights"
-    assert not list(Path(world.folder).glob("*.tmp"))
+    card = Path(world.path("m"), "README.md").read_text()
+    commit = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True).stdout.strip()
+    assert card.startswith(f"---\nbase_model: {base}\n") and "\n- Data: 11 examples + 1 held out (0 refused" in card
+    assert f", held out {held_out[0]:.3f} -> {held_out[1]:.3f}\n" in card and f"- Code: commit {commit or 'unknown'}\n" in card
+    settings = json.loads(card.split("```json\n")[1].split("```")[0])
+    assert settings == common.read_settings(world.path("m")) and settings["lr"] == 1e-3 and settings["target"] == "response"
+    assert "base (" in settings["base"] and common.fingerprint(world.path("again")) != common.fingerprint(base)
+
+
+def test_an_interrupted_training_starts_anew(run, world, tiny, monkeypatch):
+    """Interrupted in its third step, and when all but the model card is saved: nothing has its name."""
+    selected(world)
+    run(train, *train_flags(world, tiny, "whole"))
+    for name in ("mean_loss", "model_card"):
+        calls, real = iter(range(9)), getattr(train, name)
+
+        def interrupted(*given, **more):
+            if name == "mean_loss" and next(calls) < 3:
+                return real(*given, **more)
+            raise OSError("pulled out")
+        with monkeypatch.context() as patch:
+            patch.setattr(train, name, interrupted)
+            _, err = run(train, *train_flags(world, tiny, "m"), status=2)
+        assert "pulled out" in err and not Path(world.path("m")).exists()
+    assert Path(world.path("m.unfinished/model.safetensors")).exists()
+    run(train, *train_flags(world, tiny, "m"))
+    assert digest(world.path("m"))["model.safetensors"] == digest(world.path("whole"))["model.safetensors"]
+    assert not Path(world.path("m.unfinished")).exists()
 
 
 def test_more_rows_are_another_training_and_one_step_learns(run, world, tmp_path):
     base = save_model(tmp_path / "base")
-    rows = [{**row, "gold_log_prob": -1.0, "response": f"Say {i}."} for i, row in enumerate(world.conversations("A", n=1))]
-    write_rows(world.path("s.jsonl"), rows[:2])
+    selected(world, count=2)
     flags = train_flags(world, base, "m", "--epochs", 1)
     out, _ = run(train, *flags)
     assert "1 examples + 1 held out" in out and "1 steps" in out
     assert digest(world.path("m"))["model.safetensors"] != digest(base)["model.safetensors"], "warm-up must not eat all steps"
-    write_rows(world.path("s.jsonl"), rows)
+    selected(world)
     _, err = run(train, *flags, status=2)
-    assert "examples:" in err
+    assert "selected: 's.jsonl (" in err
+    _, err = run(train, *train_flags(world, base, "m", "--epochs", 1, "--limit", 2), status=2)
+    assert "limit: 'None' there, '2' now" in err
     out, _ = run(train, *train_flags(world, base, "all", "--validation", 0))
     assert "12 examples + 0 held out" in out
 
 
+def test_whole_pairs_are_held_out(run, world, tiny):
+    """Several conversations of a pair: none of them is learned from if one is held out."""
+    rows = [{**row, "gold_log_prob": -1.0, "response": "Say."} for row in world.conversations("A", n=3)]
+    write_rows(world.path("s.jsonl"), rows)
+    seen = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "mean_loss", lambda *given, learn=False: seen.append((learn, given[2])) or 1.0)
+        run(train, *train_flags(world, tiny, "m", "--validation", 0.3, "--epochs", 1))
+    args = SimpleNamespace(selected=world.path("s.jsonl"), tasks=world.path("tasks.jsonl"), target="response", limit=None,
+                           personas=world.path("personas.jsonl"), seed=42, max_length=2048)
+    pair = {str(example): pair for pair, of_pair in train.read_examples(args, make_tokenizer("mistral"))[0].items() for example in of_pair}
+    learned, held = ([pair[str(example)] for learn, batch in seen if learn is want for example in batch] for want in (True, False))
+    assert len(held) == 2 * 12 and len(learned) == 24 and not set(held) & set(learned)
+
+
 def test_a_diverging_training_saves_nothing(run, world, tmp_path):
     selected(world)
-    _, err = run(train, *train_flags(world, save_model(tmp_path / "base"), "m", "--lr", "1e30"), status=2)
+    _, err = run(train, *train_flags(world, save_model(tmp_path / "base"), "m", "--lr", "1e9"), status=2)
     assert "the loss is" in err and not Path(world.path("m")).exists()
 
 
 def test_accumulation_gives_the_same_weights(run, world, tmp_path):
-    """1 x 8, 4 x 2 and 8 x 1, also with a last batch that is not full; and with gradient checkpointing."""
+    """4 x 2 as 1 x 8 (test_devices.py has 8 x 1), and gradient checkpointing."""
     base = save_model(tmp_path / "base")
     selected(world)
     weights = []
-    for micro in (8, 2, 1):
+    for micro in (8, 2):
         checkpointing = ["--gradient-checkpointing"] * (micro == 2)
         out, _ = run(train, *train_flags(world, base, f"m{micro}", "--micro-batch-size", micro, *checkpointing))
-        assert f"{micro} x accumulation {8 // micro} x 1" in out
+        assert f"4 steps of 8, on 1 processes {micro} at a time" in out
         weights.append(AutoModelForCausalLM.from_pretrained(world.path(f"m{micro}")).state_dict())
     start = AutoModelForCausalLM.from_pretrained(base).state_dict()
     for other in weights[1:]:
@@ -187,11 +196,12 @@ def test_accumulation_gives_the_same_weights(run, world, tmp_path):
             assert torch.allclose(weight, other[name], atol=max(1e-6, 0.02 * moved.item())), name
 
 
-def test_bad_selected_rows(run, world, tiny):
-    write_rows(world.path("s.jsonl"), [{**row, "gold_log_prob": -1.0, "response": None}
-                                       for row in world.conversations("A", n=1)])
-    _, err = run(train, *train_flags(world, tiny, "m"), status=2)
-    assert "no response for ('A0', 'Ap0')" in err
-    write_rows(world.path("s.jsonl"), [])
-    _, err = run(train, *train_flags(world, tiny, "m"), status=2)
-    assert "no example to train on" in err and not Path(world.path("m")).exists()
+def test_rows_without_a_response_are_left_out_and_counted(run, world, tiny):
+    rows = [{**row, "gold_log_prob": -1.0, "response": None if i < 2 else "Say."} for i, row in enumerate(world.conversations("A", n=1))]
+    rows[2] = {name: rows[2][name] for name in ("task_id", "persona_id", "sample")} | {"refused": "declined"}
+    write_rows(world.path("s.jsonl"), rows)
+    out, _ = run(train, *train_flags(world, tiny, "m", "--epochs", 1))
+    assert "8 examples + 1 held out (3 refused or without a response" in out
+    write_rows(world.path("s.jsonl"), rows[:2])
+    _, err = run(train, *train_flags(world, tiny, "none"), status=2)
+    assert "no example to train on (2 refused or without a response" in err and not Path(world.path("none")).exists()
