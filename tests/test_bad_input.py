@@ -65,7 +65,7 @@ def mangled(draw):
     return reader, bytes(content)
 
 
-@settings(max_examples=500, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@settings(max_examples=300, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(case=mangled())
 def test_readers_never_end_in_a_traceback(case, tmp_path_factory, capsys):
     reader, content = case

@@ -86,7 +86,7 @@ def test_files_and_links_lead_somewhere(name):
 @pytest.mark.parametrize("name", PAGES)
 def test_code_on_a_page_is_code(name, tmp_path):
     for line in (ROOT / name).read_text().splitlines():         # (a row of a table cannot be broken)
-        assert len(line) <= 120 or line.startswith(("|", "<", "{")), line
+        assert len(line) <= 130 or line.startswith(("|", "<", "{")), line
     for script in blocks(name, "bash"):
         assert subprocess.run(["bash", "-n"], input=script, text=True).returncode == 0, script
     for node in (node for code in blocks(name, "python") for node in ast.parse(code).body):
@@ -102,7 +102,8 @@ def test_code_on_a_page_is_code(name, tmp_path):
 def test_rows_and_functions_that_the_pages_show_exist(select_stage):
     assert len([json.loads(row) for row in "".join(blocks("docs/data.md")).replace("\n ", " ").splitlines()[:11]]) == 11
     table = (ROOT / "README.md").read_text().split("## The algorithm")[1].split("##")[0]
-    assert len(rows := re.findall(r"\| `(\w+)\.py` \| (.*?) \|\n", table)) == len(STAGES)
+    rows = re.findall(r"\| `(\w+)\.py` \| (.*?) \|\n", table)
+    assert {stage for stage, _ in rows} == set(STAGES)
     for stage, functions in rows:
         module = select_stage if stage == "select" else importlib.import_module(stage)
         assert all(callable(getattr(module, name)) for name in re.findall(r"`(\w+)`", functions)), stage

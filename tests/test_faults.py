@@ -166,7 +166,7 @@ def toy_flags(stage, http, folder, output):
     people = ["--model", f"openai:persona-writer@{url}", "--splits", "A=6"]
     files = ["--tasks", folder / "t.jsonl", "--personas", folder / "p.jsonl", "--split", "A"]
     talk = ["--questioner", ROOT / "toy/base", "--roleplayer", f"openai:roleplayer@{url}", "--dtype", "float32", "--samples",
-            2, "--max-tokens", 16]
+            2, "--max-tokens", 16, "--max-turns", 1]
     return {generate_personas: people, gold: ["--oracle", f"openai:oracle@{url}", *files], simulate: [*talk, *files]}[stage] + [
         "--output", folder / output, "--timeout", 1, "--max-refused", 0.6]
 
@@ -279,7 +279,7 @@ def kill_flags(name, world, tiny, server, folder):
         name, tiny, server.url)
     few = ["--concurrency", 2, "--batch-size", 4]
     return [*flags, *{
-        "generate_personas": [*few, "--splits", "A=60"], "gold": few, "simulate": [*few, "--batch-size", 2], "select": few,
+        "generate_personas": [*few, "--splits", "A=60"], "gold": few, "simulate": [*few, "--batch-size", 2, "--samples", 1, "--max-turns", 2], "select": few,
         "train": ["--lr", "1e-3", "--micro-batch-size", 2], "evaluate": [*few, "--results", folder / "results.jsonl"],
     }[name], "--output", folder / ("x" if name in ("train", "evaluate") else "x.jsonl")]
 
