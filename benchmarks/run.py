@@ -319,7 +319,7 @@ def main():
     transformers.utils.logging.set_verbosity_error()
     warnings.simplefilter("ignore", FutureWarning)
     Path(args.output).parent.mkdir(parents=True, exist_ok=True)
-    print(*(f"{name} {value}" for name, value in machine().items() if value), sep=", ")
+    print(*(f"{name} {value}" for name, value in machine().items() if value), sep=", ", flush=True)
     for name in args.only:
         here = SimpleNamespace(**{**vars(args), "words": 32000 if name == "score-32000" else args.words})
         for row in scaling(here) if name == "scaling" else [compare(name, here)]:

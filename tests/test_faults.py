@@ -111,7 +111,7 @@ def test_a_model_that_refuses_all_is_not_asked_25000_times(run, server, tmp_path
 
 
 @pytest.mark.parametrize("name, flag, room", [
-    ("generate_personas", "--model", 500), ("gold", "--oracle", 1300), ("simulate", "--roleplayer", 1500),
+    ("generate_personas", "--model", 300), ("gold", "--oracle", 300), ("simulate", "--roleplayer", 300),
     ("select", "--questioner", 100), ("evaluate", "--questioner", 100)])
 def test_a_prompt_that_is_too_long_is_a_refused_row(name, flag, room, run, world, tiny, server, short):
     small = save_model(world.folder / "small", room=room)

@@ -137,6 +137,8 @@ STATEFUL = {
                        shared_expert_intermediate_size=16),
     "lfm2": dict(HEADS, layer_types=["conv", "full_attention"], block_auto_adjust_ff_dim=False),
     "falcon_h1": dict(HEADS, mamba_d_ssm=32, mamba_n_heads=4, mamba_d_head=8, mamba_d_state=8, mamba_n_groups=1),
+    "recurrent_gemma": dict(HEADS, lru_width=32, attention_window_size=24, block_types=["recurrent", "attention"]),
+    "rwkv": dict(hidden_size=32, num_hidden_layers=2, context_length=1024),
 }
 
 
@@ -177,7 +179,9 @@ def test_greedy_batches_and_scores_are_those_of_one_text_at_a_time(name, tmp_pat
         assert scores(sized(ours, 99), [(prompt, 9) for prompt in prompts]) == pytest.approx([alone(theirs, prompt, 9) for prompt in prompts], abs=1e-3)
 
 
-@pytest.mark.parametrize("name", STATEFUL)
+@pytest.mark.parametrize("name", [pytest.param(name, marks=pytest.mark.xfail(
+    strict=True, reason="padding enters its state in scores, and RWKV's in answers")) if name in ("recurrent_gemma", "rwkv") else name
+    for name in STATEFUL])
 def test_models_that_keep_a_state_are_refused_in_one_line_and_scored(name, tmp_path, capsys):
     save_architecture(tmp_path, name, STATEFUL[name])
     ours, requests = local(tmp_path), talks()
@@ -189,6 +193,15 @@ def test_models_that_keep_a_state_are_refused_in_one_line_and_scored(name, tmp_p
     assert end.value.code == 2 and f"error: {tmp_path}: padding would change the state of its layers" in err
     assert err.count("\n") == 1
     assert scores(sized(ours, 99), [(prompt, 9) for prompt in prompts]) == pytest.approx([alone(ours.model, prompt, 9) for prompt in prompts], abs=1e-3)
+
+
+@pytest.mark.xfail(strict=True, reason="one long row turns the positions of its neighbours otherwise")
+def test_a_long_neighbour_changes_nothing_where_positions_turn_otherwise_beyond_a_length(tmp_path):
+    """Phi-3's and Phi-4-mini's 128k models (LongRoPE): two sets of frequencies, by the longest row of a batch."""
+    save_architecture(tmp_path, "phi3", dict(HEADS, original_max_position_embeddings=128, rope_parameters=dict(
+        rope_type="longrope", rope_theta=1e4, short_factor=[1.0] * 4, long_factor=[4.0] * 4, original_max_position_embeddings=128)))
+    model = local(tmp_path)
+    assert answers(model, talks(), 0.0, 1.0, 20) == [answers(model, [talk], 0.0, 1.0, 20)[0] for talk in talks()]
 
 
 def say_few_letters(model, tokenizer):
@@ -335,6 +348,13 @@ def test_an_empty_thought_is_no_part_of_the_answer():
         (ids, labels), = common.training_examples(tokenizer, [*CHAT[:3], {"role": "assistant", "content": text}])
         assert tokenizer.decode([label for label in labels if label != -100]) == (
             f"{CHAT[1]['content']}<|im_end|>{text}<|im_end|>")
+
+
+@pytest.mark.xfail(strict=True, raises=SystemExit, reason="it is taken for the mark of where an answer begins")
+def test_any_character_may_stand_in_a_text():
+    tokenizer, odd = make_tokenizer("llama3"), "".join(map(chr, (0x10FFFD, 0xFFFFD, 0xF0000, 0xE000, 0xFFFD, 1)))
+    (ids, labels), = common.training_examples(tokenizer, [{"role": role, "content": f"a {odd} b"} for role in ("user", "assistant")])
+    assert tokenizer.decode(ids).count(odd) == 2 and tokenizer.decode([t for t in labels if t != -100]) == f"a {odd} b<|eot_id|>"
 
 
 @pytest.mark.parametrize("old, new", [("assistant\n{% endif", "assistant\n<think>{% endif"),        # begins otherwise

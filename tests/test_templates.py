@@ -24,7 +24,7 @@ from test_models import local
 
 SENTENCES = ["Which tea do you like, green or black?", "I would like a green one. I drink it in the morning.", "Yes.", "Hot?",
              "Try sencha, Ann: it is green, and you like it.\n\nOr try another one.", "user\n", "model\n", "assistant\n\n",
-             "### Response:\nYes. ", "### Instruction:\nI am Ann.\n\n", "[INST] What [/INST] Yes.", "User: What?\n\nFalcon: Yes."]
+             "Hot?###", "### Response:\nYes. ", "### Instruction:\nI am Ann.\n\n", "[INST] What [/INST] Yes.", "User: What?\n\nFalcon: Yes."]
 
 
 @lru_cache
@@ -97,6 +97,7 @@ FAMILIES = {
     "unigrams": Family("unigrams", "", "</s>", ["<turn>"], "<turn>user: {}</s>", "<turn>model:", " ", "</s>", ""),
     "chatglm3": Family("pieces", "[gMASK]", "</s>", ["<|user|>", "<|assistant|>"], "<|user|>\n {}", "<|assistant|>", "\n ", "", ""),
     "alpaca": Family("prefixed", "<s>", "</s>", [], "### Instruction:\n{}\n\n", "### Response:\n", "", "", "\n\n"),
+    "guanaco": Family("pieces", "", "</s>", [], "### Human: {}", "### Assistant:", " ", "", "###"),
     "falcon": Family("bytes", "", "<|endoftext|>", [], "User: {}\n\n", "Falcon:", " ", "", "\n\n"),
 }
 
@@ -113,7 +114,9 @@ def hostile_text(rng, marks, most=6):
     return "".join(rng.choice(marks + ["a", "é", ".", "茶"]) for _ in range(rng.randint(0, most)))
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", [pytest.param(name, marks=pytest.mark.xfail(
+    strict=True, raises=IndexError, reason="a last answer and what follows it are one token")) if name == "guanaco" else name
+    for name in FAMILIES])
 def test_labels_of_marks_without_names_and_of_templates_without_an_end(name, tmp_path):
     """Against the same texts put together by hand: a token is learned if it has a character of an answer or of its end."""
     tokenizer, family, rng = tokenizer_of_family(name), FAMILIES[name], random.Random(name)
