@@ -121,25 +121,6 @@ def test_two_processes_write_in_all_stages_what_one_writes(world, tiny, server, 
     assert all(torch.allclose(a[name], b[name], atol=5e-5) for name in a)
 
 
-def by_hand(world, rows, tokenizer):
-    """{ids: labels} of the rows' training examples, from strings of Mistral's format."""
-    names, tasks = ({row[f"{what}_id"]: row for row in rows_of} for what, rows_of in (
-        ("persona", world.personas), ("task", world.tasks)))
-    examples = {}
-    for row in rows:
-        task = tasks[row["task_id"]]["task"]
-        said = [turn["content"] for turn in row["conversation"]] + [row["response"]]
-        said[-2] += f"\n\n{task}"
-        heard = [f"My name is {names[row['persona_id']]['name']}.\n\n{task}", *said[1::2]]
-        ids, labels = [tokenizer.bos_token_id], [-100]
-        for user, assistant in zip(heard, said[::2], strict=True):
-            for text, learned in ((f"[INST] {user} [/INST]", False), (f" {assistant}</s>", True)):
-                new = tokenizer(text, add_special_tokens=False)["input_ids"]
-                ids, labels = ids + new, labels + (new if learned else [-100] * len(new))
-        examples[tuple(ids)] = labels
-    return examples
-
-
 def loss_by_hand(model, batch, labels):
     """Mean over all supervised tokens of a batch: plain transformers, one text at a time, no padding, no mask."""
     total = sum(F.cross_entropy(model(torch.tensor([ids])).logits[0, :-1], torch.tensor(labels[ids][1:]),
@@ -180,7 +161,8 @@ def check_weights(ours, theirs):
 
 
 def test_devices_and_accumulation_change_nothing_in_training(world, tmp_path, capfd):
-    """Batches of 8 as 1 process x 8, 1 process x accumulation 8, and 2 processes x accumulation 4; and by hand."""
+    """Batches of 8 as 1 process x 8, 1 process x accumulation 8 (with gradient checkpointing), and 2 processes x
+    accumulation 4; and by hand."""
     base, tokenizer = save_model(tmp_path / "base"), make_tokenizer("mistral")
     rows = [{**row, "gold_log_prob": -1.0, "response": "So " * (11 * i % 17) + "on."}
             for i, row in enumerate(world.conversations("A"))][:23]
@@ -188,14 +170,19 @@ def test_devices_and_accumulation_change_nothing_in_training(world, tmp_path, ca
     shapes, printed = {"whole": (1, 8), "one": (1, 1), "two": (2, 1)}, {}
     for name, (processes, micro) in shapes.items():
         given = world.path(f"{name}.kept"), [*train_flags(world, base, name), "--lr", RATE, "--warmup", 0, "--epochs", 1,
-                                             "--micro-batch-size", micro, "--validation", 0.1]
+                                             "--micro-batch-size", micro, "--validation", 0.1,
+                                             *["--gradient-checkpointing"] * (name == "one")]
         printed[name], _ = run_two(run_training, *given) if processes == 2 else run_training(*given) or capfd.readouterr()
         assert f"; 3 steps of 8, on {processes} processes {micro} at a time" in printed[name]
         assert "19 examples + 4 held out" in printed[name]
     kept = {name: torch.load(world.path(name)) for name in ("whole.kept-0", "one.kept-0", "two.kept-0", "two.kept-1")}
     models = {name: list(AutoModelForCausalLM.from_pretrained(world.path(name)).parameters()) for name in shapes}
 
-    labels = by_hand(world, rows, tokenizer)
+    tasks, personas = common.read_tasks(world.path("tasks.jsonl")), common.read_personas(world.path("personas.jsonl"))
+    labels = {}
+    for row in rows:
+        chat = train.example_chat(personas[row["persona_id"]]["name"], tasks[row["task_id"]]["task"], row["conversation"], row["response"])
+        labels.update((tuple(ids), labels) for ids, labels in common.training_examples(tokenizer, chat))
     batches = [list(map(tuple, texts)) for texts in kept["whole.kept-0"]["texts"]]
     assert [len(batch) for batch in batches] == [8, 8, 3]
     assert [[0, 0]] in kept["two.kept-0"]["texts"] + kept["two.kept-1"]["texts"], "3 texts in 4 parts: one is made up"

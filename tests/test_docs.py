@@ -95,14 +95,14 @@ def test_code_on_a_page_is_code(name, tmp_path):
         for stage in STAGES:
             shutil.copy(ROOT / f"{stage}.py", tmp_path)
         subprocess.run(["git", "apply", "-"], cwd=tmp_path, input=diff, text=True, check=True)
-        for stage in STAGES:
-            ast.parse((tmp_path / f"{stage}.py").read_text())
+        assert all(ast.parse((tmp_path / f"{stage}.py").read_text()) for stage in STAGES)
 
 
 def test_rows_and_functions_that_the_pages_show_exist(select_stage):
     assert len([json.loads(row) for row in "".join(blocks("docs/data.md")).replace("\n ", " ").splitlines()[:11]]) == 11
     table = (ROOT / "README.md").read_text().split("## The algorithm")[1].split("##")[0]
-    assert {stage for stage, _ in (rows := re.findall(r"\| `(\w+)\.py` \| (.*?) \|\n", table))} == set(STAGES)
+    rows = re.findall(r"\| `(\w+)\.py` \| (.*?) \|\n", table)
+    assert {stage for stage, _ in rows} == set(STAGES)
     for stage, functions in rows:
         module = select_stage if stage == "select" else importlib.import_module(stage)
         assert all(callable(getattr(module, name)) for name in re.findall(r"`(\w+)`", functions)), stage

@@ -1,5 +1,4 @@
 """Log-probabilities, generation, chats and servers, each against a second way to the same answer."""
-import json
 import os
 import threading
 from copy import copy
@@ -142,8 +141,17 @@ STATEFUL = {
 }
 
 
+def say_few_letters(model, tokenizer):
+    """So that the end comes often."""
+    few, head = [*range(65, 91), tokenizer.eos_token_id], model.get_output_embeddings().weight
+    if head is not model.get_input_embeddings().weight:
+        with torch.no_grad():
+            head[[i for i in range(len(tokenizer)) if i not in few]] = 0
+            head[tokenizer.eos_token_id] *= 1.3
+
+
 def save_architecture(folder, name, sizes):
-    """A random model of another architecture, most of whose answers are letters and end soon."""
+    """A random model of another architecture."""
     tokenizer = make_tokenizer("qwen")
     torch.manual_seed(3 if name in ("mpt", "stablelm") else 2)        # with which they say different things
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(
@@ -152,10 +160,7 @@ def save_architecture(folder, name, sizes):
         for part, weight in model.named_parameters():
             if weight.ndim > 1 and weight.std() < 0.1:           # not all read initializer_range
                 weight.normal_(0, 0.3)
-        if model.get_output_embeddings().weight is not model.get_input_embeddings().weight:
-            few = [*range(65, 91), tokenizer.eos_token_id]
-            model.get_output_embeddings().weight[[i for i in range(len(tokenizer)) if i not in few]] = 0
-            model.get_output_embeddings().weight[tokenizer.eos_token_id] *= 1.3
+    say_few_letters(model, tokenizer)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 
@@ -204,18 +209,12 @@ def test_a_long_neighbour_changes_nothing_where_positions_turn_otherwise_beyond_
     assert answers(model, talks(), 0.0, 1.0, 20) == [answers(model, [talk], 0.0, 1.0, 20)[0] for talk in talks()]
 
 
-def say_few_letters(model, tokenizer):
-    """So that the end comes often."""
-    few = [*range(65, 91), tokenizer.eos_token_id]
-    with torch.no_grad():
-        model.lm_head.weight[[i for i in range(len(tokenizer)) if i not in few]] = 0
-        model.lm_head.weight[tokenizer.eos_token_id] *= 1.3
-
-
 def test_samples_drawn_by_hand_one_row_at_a_time_and_what_is_computed(tiny):
     """Openings once, the rest of each row, then a column a step for the rows that go on. By hand: a whole forward pass
-    for each token, numpy's softmax, and the seed's numbers one after the other."""
+    for each token, numpy's softmax, the seed's numbers one after the other, and none of what the checkpoint's own
+    generation_config says: top_k = 1 and a repetition penalty."""
     model, requests, T = local(tiny), talks(), 40
+    assert model.model.generation_config.top_k == 1 and model.model.generation_config.repetition_penalty == 5.0
     say_few_letters(model.model, model.tokenizer)
     prompts, seen, texts, lengths = [common.prompt_ids(model.tokenizer, r.chat) for r in requests], [], [], []
     hook = model.model.register_forward_pre_hook(lambda module, ids, more: seen.append(
@@ -262,18 +261,6 @@ def test_nucleus_sampling_has_the_distribution_of_transformers_warpers(temperatu
     edges = torch.tensor([0.0, 1 - 2 ** -53], dtype=torch.float64)                      # the least and the largest draw
     assert (expected[[0, 1], common.next_tokens(scores, edges, temperature, top_p)] > 0).all()
     assert (common.next_tokens(scores, edges, 0, top_p) == scores.argmax(-1)).all()
-
-
-def test_a_checkpoints_own_generation_config_decides_nothing(model, tiny):
-    """conftest's models carry top_k = 1, with which all samples of a prompt would be equal, and a repetition penalty."""
-    carried = json.load(open(f"{tiny}/generation_config.json"))
-    assert carried["top_k"] == 1 and carried["repetition_penalty"] == 5.0
-    assert len({reply.text for reply in answers(model, [Request(chats(1)[0], s) for s in range(8)], 1.0, 1.0, 5)}) > 1
-    prompt = common.prompt_ids(model.tokenizer, chats(3)[2])
-    for _ in range(12):
-        prompt.append(model.model(torch.tensor([prompt])).logits[0, -1].argmax().item())
-    reply, = answers(model, [Request(chats(3)[2])], 0.0, 1.0, 12)
-    assert reply.text == model.tokenizer.decode(prompt[-12:], skip_special_tokens=True).strip()
 
 
 def test_answers_end_at_the_end_of_turn_and_cuts_are_reported(tmp_path):

@@ -52,7 +52,3 @@ def test_where_select_is_built_in_it_is_found_first():
 def test_launchers_run_the_stage(launcher):
     """`torchrun select.py` and `accelerate launch select.py`, by the modules behind the two commands."""
     assert "Algorithm 1, lines 4 and 5" in python("-m", *launcher, "select.py", "--help")
-
-
-def test_the_stage_loads_under_another_name(select_stage):
-    assert select_stage.select_best({0: -2.0, 1: -1.0}, 1) == [1]

@@ -30,13 +30,9 @@ SENTENCES = ["Which tea do you like, green or black?", "I would like a green one
 @lru_cache
 def trained(kind):
     """A tokenizer's file: of bytes as Llama-3's; of pieces over blanks and lines as Gemma's, or, where each piece between
-    two marks is prefixed with a blank, Mistral's; or of unigrams, a word each."""
-    tokenizer = Tokenizer(models.Unigram() if kind == "unigrams" else models.BPE())
-    trainer = trainers.BpeTrainer(vocab_size=400, min_frequency=1, show_progress=False)
-    if kind == "unigrams":
-        tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
-        trainer = trainers.UnigramTrainer(vocab_size=120, unk_token="<unk>", special_tokens=["<unk>"], show_progress=False)
-    elif kind == "bytes":
+    two marks is prefixed with a blank, Mistral's."""
+    tokenizer, trainer = Tokenizer(models.BPE()), trainers.BpeTrainer(vocab_size=400, min_frequency=1, show_progress=False)
+    if kind == "bytes":
         tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
         trainer.initial_alphabet = pre_tokenizers.ByteLevel.alphabet()
     else:
@@ -44,7 +40,7 @@ def trained(kind):
         tokenizer.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
     tokenizer.train_from_iterator(SENTENCES, trainer)
     file = json.loads(tokenizer.to_str())
-    if kind in ("pieces", "prefixed"):
+    if kind != "bytes":
         file["model"]["byte_fallback"] = True
         file["model"]["vocab"].update({f"<0x{i:02X}>": len(file["model"]["vocab"]) + i for i in range(256)})
     return json.dumps(file)
@@ -55,7 +51,7 @@ def build(kind, template, marks, bos, eos, rstrip=False):
     marks = list(dict.fromkeys(filter(None, [bos, eos, *marks])))
     tokenizer.add_special_tokens([AddedToken(mark, special=True, normalized=False, rstrip=rstrip) for mark in marks])
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token=bos or None, eos_token=eos)
-    assert set(fast.all_special_tokens) == set(filter(None, [bos, eos])), "the others have no names"
+    assert set(fast.all_special_tokens) == {bos or eos, eos}, "the others have no names"
     fast.chat_template, fast.marks = template, marks
     return fast
 
@@ -94,7 +90,6 @@ FAMILIES = {
     "mistral_v0.2": Family("prefixed", "<s>", "</s>", [], " [INST] {} [/INST]", "", " ", "</s>", ""),
     "mistral_v0.3": Family("prefixed", "<s>", "</s>", ["[INST]", "[/INST]"], "[INST] {}[/INST]", "", " ", "</s>", ""),
     "zephyr": Family("prefixed", "", "</s>", [], "<|user|>\n{}</s>\n", "<|assistant|>\n", "", "</s>", "\n"),
-    "unigrams": Family("unigrams", "", "</s>", ["<turn>"], "<turn>user: {}</s>", "<turn>model:", " ", "</s>", ""),
     "chatglm3": Family("pieces", "[gMASK]", "</s>", ["<|user|>", "<|assistant|>"], "<|user|>\n {}", "<|assistant|>", "\n ", "", ""),
     "alpaca": Family("prefixed", "<s>", "</s>", [], "### Instruction:\n{}\n\n", "### Response:\n", "", "", "\n\n"),
     "guanaco": Family("pieces", "", "</s>", [], "### Human: {}", "### Assistant:", " ", "", "###"),

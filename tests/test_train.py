@@ -179,23 +179,6 @@ def test_a_diverging_training_saves_nothing(run, world, tmp_path):
     assert "the loss is" in err and not Path(world.path("m")).exists()
 
 
-def test_accumulation_gives_the_same_weights(run, world, tmp_path):
-    """4 x 2 as 1 x 8 (test_devices.py has 8 x 1), and gradient checkpointing."""
-    base = save_model(tmp_path / "base")
-    selected(world)
-    weights = []
-    for micro in (8, 2):
-        checkpointing = ["--gradient-checkpointing"] * (micro == 2)
-        out, _ = run(train, *train_flags(world, base, f"m{micro}", "--micro-batch-size", micro, *checkpointing))
-        assert f"4 steps of 8, on 1 processes {micro} at a time" in out
-        weights.append(AutoModelForCausalLM.from_pretrained(world.path(f"m{micro}")).state_dict())
-    start = AutoModelForCausalLM.from_pretrained(base).state_dict()
-    for other in weights[1:]:
-        for name, weight in weights[0].items():
-            moved = (weight - start[name]).abs().max()
-            assert torch.allclose(weight, other[name], atol=max(1e-6, 0.02 * moved.item())), name
-
-
 def test_rows_without_a_response_are_left_out_and_counted(run, world, tiny):
     rows = [{**row, "gold_log_prob": -1.0, "response": None if i < 2 else "Say."} for i, row in enumerate(world.conversations("A", n=1))]
     rows[2] = {name: rows[2][name] for name in ("task_id", "persona_id", "sample")} | {"refused": "declined"}
