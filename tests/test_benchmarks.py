@@ -16,6 +16,7 @@ def benchmark(output, *flags):
     return rows
 
 
+@pytest.mark.slow
 def test_the_sides_agree_and_each_comparison_has_a_row(tmp_path):
     stages = ["simulate", "score", "train", "trl"]
     rows = benchmark(tmp_path / "b.jsonl", "--only", *stages)

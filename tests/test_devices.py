@@ -91,13 +91,15 @@ def test_two_processes_write_in_all_stages_what_one_writes(world, tiny, server, 
     run_stages([("evaluate", world.command("evaluate", tiny, output="e0"))])
     results, files = {}, [
         "simulate.jsonl", "simulate.jsonl.settings.json", "personas.jsonl", "personas.replies.jsonl", "gold.jsonl", "select.jsonl",
-        "select.scores.jsonl", "select.jsonl.settings.json", *(f"evaluate/{name}.jsonl" for name in ("log_probs", "responses", "verdicts"))]
+        "select.scores.jsonl", "select.jsonl.settings.json", "evaluate/log_probs.jsonl", "evaluate/responses.jsonl",
+        "evaluate/verdicts.jsonl"]
 
     def commands(folder):
         local = ["--dtype", "float32", "--output"]
         return [
             ("simulate", [*world.command("simulate", tiny, server.url), "--batch-size", 4, "--output", f"{folder}/simulate.jsonl"]),
-            ("generate_personas", ["--model", tiny, "--splits", "A=4,test=3", "--attempts", 60, *local, f"{folder}/personas.jsonl"]),
+            ("generate_personas", ["--model", tiny, "--splits", "A=4,test=3", "--attempts", 60, *local,
+                                   f"{folder}/personas.jsonl"]),
             ("gold", ["--oracle", tiny, *world.flags("tasks", "personas"), "--split", "A", *local, f"{folder}/gold.jsonl"]),
             ("select", [*world.command("select", tiny), "--batch-size", 2, "--output", f"{folder}/select.jsonl"]),
             ("evaluate", [*world.judged(tiny, server.url, conversations="blue.jsonl"), "--both-orders", "--batch-size", 4,
@@ -181,7 +183,8 @@ def test_devices_and_accumulation_change_nothing_in_training(world, tmp_path, ca
     tasks, personas = common.read_tasks(world.path("tasks.jsonl")), common.read_personas(world.path("personas.jsonl"))
     labels = {}
     for row in rows:
-        chat = train.example_chat(personas[row["persona_id"]]["name"], tasks[row["task_id"]]["task"], row["conversation"], row["response"])
+        chat = train.example_chat(personas[row["persona_id"]]["name"], tasks[row["task_id"]]["task"], row["conversation"],
+                                  row["response"])
         labels.update((tuple(ids), labels) for ids, labels in common.training_examples(tokenizer, chat))
     batches = [list(map(tuple, texts)) for texts in kept["whole.kept-0"]["texts"]]
     assert [len(batch) for batch in batches] == [8, 8, 3]

@@ -60,7 +60,8 @@ def test_log_probabilities_are_those_of_lm_evaluation_harness_on_the_same_texts(
     texts = [(ours.tokenizer.apply_chat_template(chat[:-1], tokenize=False), " " + chat[-1]["content"]) for chat in chats]
     expected = theirs.loglikelihood([Instance("loglikelihood", {}, pair, i) for i, pair in enumerate(texts)],
                                     disable_tqdm=True)
-    assert scores(ours, [common.scored_ids(ours.tokenizer, chat) for chat in chats]) == pytest.approx([log_prob for log_prob, _ in expected], rel=1e-5)
+    assert scores(ours, [common.scored_ids(ours.tokenizer, chat) for chat in chats]) == pytest.approx(
+        [log_prob for log_prob, _ in expected], rel=1e-5)
 
 
 @pytest.mark.parametrize("template", MARKS)

@@ -206,7 +206,10 @@ def test_faults_are_seeded_shares(toy):
 @pytest.mark.parametrize("reply, refused", [
     (answer(refusal="No."), "No."), (answer(content="\n "), "empty (finish_reason stop)"),
     (answer(reason="content_filter"), "content_filter (answer)"), (answer(content=None, reason=None), "empty (finish_reason None)"),
-    (answer(reason=None), None), (answer(content="half \ud83d"), None)])
+    (answer(reason=None), None), (answer(content="half \ud83d"), None),
+    pytest.param(answer(refusal="half \ud83d"), "half ?", marks=pytest.mark.xfail(strict=True, reason="half a character")),
+    pytest.param(answer(usage={"prompt_tokens": 5, "completion_tokens": None}), None,
+                 marks=pytest.mark.xfail(strict=True, reason="None is summed"))])
 def test_odd_replies_become_clean_rows(run, world, server, reply, refused):
     server.reply = lambda request: (200, reply)
     flags = [*world.command("gold", None, server.url), "--max-refused", 1, "--prices", 1, 1]

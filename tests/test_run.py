@@ -2,6 +2,7 @@
 import os
 import subprocess
 import sys
+import time
 
 import pytest
 
@@ -17,7 +18,7 @@ toy/server.py)                                                    # says where i
     until [ -e "$RECORD.up" ] || [ "$SERVE" = false ]; do sleep 0.02; done
     [ -e "$RECORD.up" ]; exit ;;
 serve.py)                                                         # a model's server, which ends when it is told to
-    trap 'rm "$RECORD.up"; kill $!; printf "stop.py\\t--folder\\t$2\\n" >> "$RECORD"; exit' TERM
+    trap 'kill $!; printf "stop.py\\t--folder\\t$2\\n" >> "$RECORD"; rm "$RECORD.up"; exit' TERM
     sleep 60 & printf "serve.py\\t--folder\\t$2\\t$3\\t$4\\n" >> "$RECORD"; touch "$RECORD.up"; wait ;;
 *)
     printf '%s\\t' "$@" >> "$RECORD"; echo >> "$RECORD" ;;
@@ -39,6 +40,9 @@ def record(tmp_path):
         out.write_text("")
         done = subprocess.run(["bash", "run.sh", *mode], cwd=ROOT, capture_output=True, text=True, timeout=60, env={
             "PATH": f"{recorder.parent}:/usr/bin:/bin", "RECORD": str(out), "RUN": str(tmp_path / "r"), **more})
+        for _ in range(500):                                       # the last server is told to end, but not waited for
+            if (tmp_path / "record.up").exists():
+                time.sleep(0.02)
         run.said = done.stderr
         assert done.returncode == 0, done.stderr
         commands = []
@@ -135,7 +139,7 @@ def test_each_questioner_is_served_while_it_asks_and_answers_and_while_nothing_t
             assert name == "simulate.py" or flags["--base"] == ["toy/base"]
         elif name == "train.py":
             assert folder is None and "--questioner" not in flags
-    assert folder is None, "it is down at the end"
+    assert folder is None, "the last is down at the end"
     models = {v: [f"{run}/{v}/{t}/model" for t in (1, 2)] for v in ("main", "no_reg")}
     assert served == ["toy/base", *models["main"], "toy/base", *models["no_reg"]]
 
@@ -158,6 +162,13 @@ def test_a_server_that_does_not_start(record):
     with pytest.raises(AssertionError):
         record("smoke", SERVE="false")
     assert record.said.splitlines()[-1].startswith("run.sh: SERVE ended: see ")
+
+
+@pytest.mark.xfail(strict=True, reason="gold.jsonl grows by dev's golds, and what was selected by it is refused for ever")
+def test_another_split_may_be_evaluated_in_the_same_folder(record):
+    before, then = ({flags["--output"][0]: flags["--split"] for flags in of(record(**more), "gold.py")}
+                    for more in ({}, {"SPLIT": "dev"}))
+    assert all(then.get(path, splits) == splits for path, splits in before.items())
 
 
 def test_the_papers_run(record):

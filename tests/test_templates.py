@@ -24,7 +24,8 @@ from test_models import local
 
 SENTENCES = ["Which tea do you like, green or black?", "I would like a green one. I drink it in the morning.", "Yes.", "Hot?",
              "Try sencha, Ann: it is green, and you like it.\n\nOr try another one.", "user\n", "model\n", "assistant\n\n",
-             "Hot?###", "### Response:\nYes. ", "### Instruction:\nI am Ann.\n\n", "[INST] What [/INST] Yes.", "User: What?\n\nFalcon: Yes."]
+             "Hot?###", "### Response:\nYes. ", "### Instruction:\nI am Ann.\n\n", "[INST] What [/INST] Yes.",
+             "User: What?\n\nFalcon: Yes."]
 
 
 @lru_cache
@@ -36,7 +37,8 @@ def trained(kind):
         tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
         trainer.initial_alphabet = pre_tokenizers.ByteLevel.alphabet()
     else:
-        tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁")] * (kind == "prefixed") + [normalizers.Replace(" ", "▁")])
+        prefix = [normalizers.Prepend("▁")] if kind == "prefixed" else []
+        tokenizer.normalizer = normalizers.Sequence([*prefix, normalizers.Replace(" ", "▁")])
         tokenizer.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
     tokenizer.train_from_iterator(SENTENCES, trainer)
     file = json.loads(tokenizer.to_str())
@@ -99,9 +101,10 @@ FAMILIES = {
 
 def tokenizer_of_family(name):
     _, bos, eos, marks, user, ask, blank, end, after = family = FAMILIES[name]
-    template = "{{ %r }}{%% for m in messages %%}{%% if m['role'] == 'user' %%}{{ %r }}{{ m['content'] }}{{ %r }}{%% else %%}{{ %r }}" \
-               "{{ m['content'] }}{{ %r }}{%% endif %%}{%% endfor %%}{%% if add_generation_prompt %%}{{ %r }}{%% endif %%}" % (
-                   bos, *user.split("{}"), ask + blank, end + after, ask)
+    template = ("{{ BOS }}{% for m in messages %}{% if m['role'] == 'user' %}{{ USER }}{{ m['content'] }}{{ HEARD }}{% else %}"
+                "{{ ASK }}{{ BLANK }}{{ m['content'] }}{{ END }}{% endif %}{% endfor %}{% if add_generation_prompt %}{{ ASK }}{% endif %}")
+    for word, text in zip("BOS USER HEARD ASK BLANK END".split(), (bos, *user.split("{}"), ask, blank, end + after)):
+        template = template.replace(f"{{{{ {word} }}}}", f"{{{{ {text!r} }}}}")
     return build(family.kind, template, marks, bos, eos, rstrip=name.startswith("phi"))
 
 
@@ -114,8 +117,8 @@ def hostile_text(rng, marks, most=6):
     for name in FAMILIES])
 def test_labels_of_marks_without_names_and_of_templates_without_an_end(name, tmp_path):
     """Against the same texts put together by hand: a token is learned if it has a character of an answer or of its end."""
-    tokenizer, family, rng = tokenizer_of_family(name), FAMILIES[name], random.Random(name)
-    pieces = [*tokenizer.marks, "[INST]", "</s>", "assistant\n", "\n\n", " ", "{{ 1 }}", "### Response:\n", "\n\nUser: ", *SENTENCES]
+    tokenizer, family, rng, clean = tokenizer_of_family(name), FAMILIES[name], random.Random(name), None
+    pieces = [*tokenizer.marks, "[INST]", "</s>", "assistant\n", "\n\n", " ", "{{ 1 }}", "### Response:\n", *SENTENCES]
     for number in range(80):
         texts = [["I am Ann.", "", "Green.", " Yes"], ["Tea?", "\n Hot?", "", ""]][number] if number < 2 else [
             hostile_text(rng, pieces) for _ in range(4)]

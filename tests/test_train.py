@@ -168,7 +168,8 @@ def test_whole_pairs_are_held_out(run, world, tiny):
         run(train, *train_flags(world, tiny, "m", "--validation", 0.3, "--epochs", 1))
     args = SimpleNamespace(selected=world.path("s.jsonl"), tasks=world.path("tasks.jsonl"), target="response", limit=None,
                            personas=world.path("personas.jsonl"), seed=42, max_length=2048)
-    pair = {str(example): pair for pair, of_pair in train.read_examples(args, make_tokenizer("mistral"))[0].items() for example in of_pair}
+    examples, _ = train.read_examples(args, make_tokenizer("mistral"))
+    pair = {str(example): pair for pair in examples for example in examples[pair]}
     learned, held = ([pair[str(example)] for learn, batch in seen if learn is want for example in batch] for want in (True, False))
     assert len(held) == 2 * 12 and len(learned) == 24 and not set(held) & set(learned)
 
@@ -180,7 +181,8 @@ def test_a_diverging_training_saves_nothing(run, world, tmp_path):
 
 
 def test_rows_without_a_response_are_left_out_and_counted(run, world, tiny):
-    rows = [{**row, "gold_log_prob": -1.0, "response": None if i < 2 else "Say."} for i, row in enumerate(world.conversations("A", n=1))]
+    rows = [{**row, "gold_log_prob": -1.0, "response": None if i < 2 else "Say."}
+            for i, row in enumerate(world.conversations("A", n=1))]
     rows[2] = {name: rows[2][name] for name in ("task_id", "persona_id", "sample")} | {"refused": "declined"}
     write_rows(world.path("s.jsonl"), rows)
     out, _ = run(train, *train_flags(world, tiny, "m", "--epochs", 1))
