@@ -83,16 +83,19 @@ class Texts:
     def __init__(self, words):
         self.words, self.rng = words, np.random.default_rng(0)
 
+    def length(self, shortest, longest):
+        drawn = self.rng.lognormal(math.log(shortest * longest) / 2, math.log(longest / shortest) / 4)
+        return int(min(max(drawn, shortest), longest))
+
     def __call__(self, shortest, longest):
-        length = self.rng.lognormal(math.log(shortest * longest) / 2, math.log(longest / shortest) / 4)
-        length = int(min(max(length, shortest), longest))
-        return " ".join(f"w{i}" for i in self.rng.integers(self.words - len(SPECIAL), size=length))
+        size = self.length(shortest, longest)
+        return " ".join(f"w{i}" for i in self.rng.integers(self.words - len(SPECIAL), size=size))
 
     def chat(self):
         """Figure 17's form with a gold response, or another, at its end."""
-        turns = 2 * int(self.rng.integers(1, 4))
-        conversation = [{"role": role, "content": self(100 // turns, 400 // turns)}
-                        for role in ("assistant", "user") * (turns // 2)]
+        turns = int(self.rng.integers(1, 4))
+        each = self.length(100, 400) // (2 * turns)
+        conversation = [{"role": role, "content": self(each, each)} for role in ("assistant", "user") * turns]
         form = common.response_form("w1", self(8, 20), conversation)
         return [*form, {"role": "assistant", "content": self(100, 250)}]
 
