@@ -322,7 +322,7 @@ def check_kills(name, repetitions, seed, big, tiny, server, tmp_path):
         flags = kill_flags(name, big, tiny, server, tmp_path / str(k))
         hits += kill_twice(stage, flags, tmp_path / str(k), undisturbed, seconds, rng)
         assert calls <= len(server.requests) <= 1.1 * calls + 2, f"{len(server.requests)} calls instead of {calls}"
-    # (how many kills hit depends on the machine)
+    assert hits >= repetitions or repetitions < 3, "most kills should hit"
 
 
 @pytest.mark.parametrize("name", STAGES)
