@@ -8,7 +8,8 @@ the questions and the response, each with its end-of-turn token; the user's turn
 `--target none` leaves the response out (the paper's "w/o Reg."), `--target gold` puts the Oracle's in its place.
 
     reads   --selected  the rows of select.py      (and --gold, the rows of gold.py, for --target gold)
-    writes  --output    a model folder that AutoModelForCausalLM and vLLM open
+    writes  --output    a model folder that AutoModelForCausalLM and vLLM open, with the losses in its log.jsonl:
+                        {"step": 1, "loss": 1.934, "rate": 2e-05, "norm": 0.612}
 
 On a laptop (files from select.py's example):
     python train.py --base toy/base --selected runs/s.jsonl --tasks runs/t.jsonl --personas runs/p.jsonl \\
@@ -22,18 +23,19 @@ import json
 import math
 import os
 import shutil
-import subprocess
 from collections import defaultdict
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from torch.distributed.tensor import DTensor
 from torch.nn.utils.rnn import pad_sequence
+from torch.optim import AdamW
 
 from common import (add_data_flags, amount, fail, fraction, load_model, load_tokenizer, natural, pair_of,
                     read_conversations, read_gold, read_personas, read_tasks, response_form, run, sample_pairs, say,
-                    settings_of, stage_parser, start_processes, take_output, tqdm, training_examples)
+                    scored_ids, settings_of, stage_parser, start_processes, take_output, tqdm, training_examples)
 
 
 def example_chat(name, task, conversation, response=None):
@@ -72,19 +74,17 @@ def mean_loss(accelerator, model, batch, micro_batch_size, learn=False):
     """
     world = accelerator.num_processes
     supervised = sum(label != -100 for _, labels in batch for label in labels[1:])      # a first one has no past
-    batch = sorted(batch, key=lambda example: len(example[0]))
-    count = world * math.ceil(len(batch) / (micro_batch_size * world))
-    runs = [batch[len(batch) * i // count:len(batch) * (i + 1) // count] for i in range(count)]
-    runs = runs[accelerator.process_index::world]
+    share = sorted(batch, key=lambda example: len(example[0]))[accelerator.process_index::world]
+    model.train(learn)
     total = torch.zeros((), dtype=torch.float64, device=accelerator.device)
-    for examples in runs:
-        examples = examples or [([0, 0], [-100, -100])]         # all processes go backward together: a loss of 0
+    for i in range(0, math.ceil(len(batch) / world), micro_batch_size):     # all processes go backward together:
+        examples = share[i:i + micro_batch_size] or [([0, 0], [-100, -100])]            # some with a loss of 0
         with torch.set_grad_enabled(learn):
             loss = sum_loss(model, *collate(examples, accelerator.device))
             if learn:
                 accelerator.backward(loss * world / supervised)     # DDP and FSDP average over the processes
         total += loss.detach()
-    return accelerator.reduce(total).item() / supervised
+    return accelerator.reduce(total).item() / max(supervised, 1)
 
 
 def read_examples(args, tokenizer):
@@ -92,6 +92,9 @@ def read_examples(args, tokenizer):
     tasks, personas = read_tasks(args.tasks), read_personas(args.personas)
     rows = read_conversations(args.selected, tasks, personas, gold_log_prob=float | int, response=str | None)
     pairs = set(sample_pairs(map(pair_of, rows), args.limit, args.seed))
+    splits = {tasks[task_id]["split"] for task_id, _ in pairs}
+    if not splits <= {*args.split}:
+        fail(f"{args.selected}: has rows of another split. To train on it: --split {' '.join(sorted(splits))}")
     golds = read_gold(args.gold, pairs) if args.target == "gold" else {}
     examples, refused, too_long = defaultdict(list), 0, 0
     for row in (row for row in rows if pair_of(row) in pairs):
@@ -101,7 +104,11 @@ def read_examples(args, tokenizer):
             refused += 1
         else:
             chat = example_chat(personas[pair[1]]["name"], tasks[pair[0]]["task"], row["conversation"], target)
-            for example in training_examples(tokenizer, chat):
+            made = training_examples(tokenizer, chat)
+            if "cut" in row and args.target == "response":      # it did not end there: no end of a turn is learned
+                end = len(scored_ids(tokenizer, chat)[0])
+                made[-1] = made[-1][0][:end], made[-1][1][:end]
+            for example in made:
                 if len(example[0]) <= args.max_length:
                     examples[pair].append(example)
                 else:
@@ -111,22 +118,79 @@ def read_examples(args, tokenizer):
         f"{args.selected}: no example to train on ({left_out}). Run select.py, or raise --max-length.")
 
 
+class StochasticAdamW(AdamW):
+    """AdamW for bfloat16 weights that rounds up or down at random, so that the mean is exact: a step of a tenth of a
+    weight's last bit, which rounding to nearest loses, moves one weight in ten. The moments, too: beta2 = .999 moves
+    the second by .1 %, less than half its last bit. Where generators are alike, so is the rounding."""
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for p in [p for p in self.param_groups[0]["params"] if p.grad is not None]:         # float32 for one at a time
+            weight, grad = (t.to_local() if isinstance(t, DTensor) else t for t in (p, p.grad))         # FSDP: a shard
+            exact = torch.nn.Parameter(weight.float())
+            exact.grad = grad.float()
+            adam = AdamW([exact], lr=self.param_groups[0]["lr"], weight_decay=0.0, fused=True)
+            adam.state[exact] = {name: value.float() for name, value in self.state[p].items()}
+            adam.step()
+            self.state[p] = {name: value if name == "step" else rounded(value, self.generator)
+                             for name, value in adam.state[exact].items()}
+            weight.copy_(rounded(exact, self.generator))
+
+
+def rounded(x, generator):
+    """float32 -> bfloat16, its upper 16 bits; adding random ones to the lower carries in proportion to them."""
+    noise = torch.randint(2 ** 16, x.shape, generator=generator, dtype=torch.int32, device=x.device)
+    return (x.view(torch.int32) + noise & -2 ** 16).view(torch.float32).bfloat16()
+
+
+def fit(accelerator, model, args, training, validation, batches, folder):
+    """One AdamW step on training[i], i in batch, for each of the batches; folder/log.jsonl tells of them. Returns the
+    model, as Accelerate has wrapped it, and the outcome in words."""
+    from transformers import get_cosine_schedule_with_warmup
+    optimizer = (StochasticAdamW if args.rounding == "stochastic" else AdamW)(
+        model.parameters(), lr=args.lr, weight_decay=0.0, fused=True)       # fused: without copies of all weights
+    optimizer.generator = torch.Generator(accelerator.device).manual_seed(args.seed)
+    model, optimizer = accelerator.prepare(model, optimizer)
+    # Not prepared: Accelerate would step it once for each process. Warm-up starts at 0, so a single step has none.
+    warmup = min(math.ceil(args.warmup * len(batches)), len(batches) - 1)
+    schedule = get_cosine_schedule_with_warmup(optimizer, warmup, len(batches))
+
+    before = mean_loss(accelerator, model, validation, args.micro_batch_size)
+    losses = []
+    for batch in (bar := tqdm(batches, "steps", disable=not accelerator.is_main_process)):
+        examples = [training[i] for i in batch]
+        losses.append(mean_loss(accelerator, model, examples, args.micro_batch_size, learn=True))
+        norm = accelerator.clip_grad_norm_(model.parameters(), args.clip)
+        norm = float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
+        if not math.isfinite(losses[-1] + norm):
+            fail(f"step {len(losses)}: loss {losses[-1]}, norm of the gradient {norm}. Nothing is saved: lower --lr.")
+        if accelerator.is_main_process:
+            with open(f"{folder}/log.jsonl", "a") as log:
+                print(json.dumps({"step": len(losses), "loss": losses[-1], "rate": schedule.get_last_lr()[0],
+                                  "norm": norm}), file=log)
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+        bar.set_postfix(loss=f"{losses[-1]:.3f}")
+    after = mean_loss(accelerator, model, validation, args.micro_batch_size)
+    return model, f"loss {losses[0]:.3f} -> {losses[-1]:.3f} nats a token" + (
+        f", held out {before:.3f} -> {after:.3f}" if validation else "")
+
+
 def model_card(args, settings, data, outcome):
     """README.md of a trained folder: what it is, and what it was made from."""
-    commit = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=os.path.dirname(os.path.abspath(__file__)),
-                            capture_output=True, text=True).stdout.strip() or "unknown"
     return (f"---\nbase_model: {args.base}\nlibrary_name: transformers\ntags: [star-gate]\n---\n"
             f"A Questioner: `{args.base}`, fine-tuned by STaR-GATE's `train.py` to ask a user before it answers.\n\n"
-            f"- Data: {data}\n- Outcome: {outcome}\n- Code: commit {commit}\n\n"
+            f"- Data: {data}\n- Outcome: {outcome}\n\n"
             f"```json\n{json.dumps(settings, indent=1, ensure_ascii=False)}\n```\n")
 
 
 def parse_args():
     parser = stage_parser(__doc__, "model folder", "train on the conversations of a seeded sample of N pairs")
-    parser.add_argument("--base", default="mistralai/Mistral-7B-Instruct-v0.2",
-                        help="Q_BASE, loaded anew every time")
+    parser.add_argument("--base", default="mistralai/Mistral-7B-Instruct-v0.2", help="Q_BASE, loaded anew every time")
     parser.add_argument("--selected", required=True, help="selected conversations (JSONL)")
     add_data_flags(parser)
+    parser.add_argument("--split", nargs="+", default=["A", "B"], help="of the tasks; rows of another are refused")
     parser.add_argument("--gold", default="runs/gold.jsonl", help="gold responses (JSONL), read for --target gold")
     parser.add_argument("--target", choices=("response", "none", "gold"), default="response",
                         help="what follows a conversation: the method, the ablation w/o regularisation, w/ gold")
@@ -140,71 +204,60 @@ def parse_args():
     parser.add_argument("--validation", type=fraction, default=0.05, help="share of the pairs held out")
     parser.add_argument("--clip", type=amount, default=1.0, help="largest norm of the gradient")
     parser.add_argument("--gradient-checkpointing", action="store_true", help="less memory, a third more time")
-    parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="of the weights")
+    parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16",
+                        help="of the weights; of those that are saved, if the launcher's mixed_precision is bf16")
+    parser.add_argument("--rounding", choices=("nearest", "stochastic"), default="nearest",
+                        help="of bfloat16 weights: docs/precision.md tells what nearest, as published, loses")
     return parser.parse_args()
 
 
 def main():
     args = parse_args()
-    from transformers import get_cosine_schedule_with_warmup, set_seed
     accelerator, tokenizer = start_processes(), load_tokenizer(args.base)
+    dtype = args.dtype if accelerator.mixed_precision == "no" else "float32"        # where matrices alone are bfloat16
+    if dtype == "float32" and args.rounding == "stochastic":
+        fail("--rounding stochastic: float32 weights lose nothing that it could keep. Leave it out.")
     examples, left_out = read_examples(args, tokenizer)
-    # Here these two are settings: more rows make another model, not more of the same.
-    settings = settings_of(args, limit=args.limit, batch_size=args.batch_size)
+    # Here these are settings: more rows make another model, not more of the same.
+    settings = settings_of(args, limit=args.limit, batch_size=args.batch_size,
+                           mixed_precision=accelerator.mixed_precision)
     lock = accelerator.is_main_process and take_output(args.output, settings)              # noqa: F841 (kept open)
     accelerator.wait_for_everyone()
     if os.path.exists(args.output):
         return say(accelerator, f"{args.output}: trained already, with these settings")
+    unfinished = f"{args.output}.unfinished"
+    if accelerator.is_main_process:
+        if os.path.isdir(unfinished):       # what a killed training left there goes; what is not ours ends the program
+            shutil.rmtree(unfinished) if os.path.exists(f"{unfinished}/log.jsonl") else os.rmdir(unfinished)
+        os.mkdir(unfinished)
 
-    set_seed(args.seed)
+    torch.manual_seed(args.seed)
     generator = np.random.default_rng(args.seed)
     pairs = generator.permutation(sorted(examples)).tolist()    # whole pairs are held out
     held_out = min(math.ceil(args.validation * len(pairs)), len(pairs) - 1)
     validation = [example for pair in pairs[:held_out] for example in examples[tuple(pair)]]
     training = [example for pair in pairs[held_out:] for example in examples[tuple(pair)]]
-    batches = []                                                # random ones: every batch is a fair sample
-    for epoch in range(args.epochs):
-        order = generator.permutation(len(training)).tolist()
-        batches += [order[i:i + args.batch_size] for i in range(0, len(order), args.batch_size)]
+    orders = [generator.permutation(len(training)) for _ in range(args.epochs)]     # every batch is a fair sample
+    batches = [order[i:i + args.batch_size] for order in orders for i in range(0, len(order), args.batch_size)]
     data = (f"{len(training)} examples + {len(validation)} held out ({left_out}); {len(batches)} steps of "
             f"{args.batch_size}, on {accelerator.num_processes} processes {args.micro_batch_size} at a time")
     say(accelerator, data, "Supervised, in the first example: " + json.dumps(tokenizer.decode(
         [label for label in training[0][1] if label != -100]), ensure_ascii=False))
 
-    model = load_model(args.base, args.dtype)                   # Q_BASE, not Q_{t-1}
+    model = load_model(args.base, dtype)                        # Q_BASE, not Q_{t-1}
     if args.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
-    optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=0.0)
-    model, optimizer = accelerator.prepare(model, optimizer)
-    # Not prepared: Accelerate would step it once for each process. Warm-up starts at 0, so a single step has none.
-    warmup = min(math.ceil(args.warmup * len(batches)), len(batches) - 1)
-    schedule = get_cosine_schedule_with_warmup(optimizer, warmup, len(batches))
-
-    def validation_loss():
-        model.eval()
-        return mean_loss(accelerator, model, validation, args.micro_batch_size) if validation else None
-
-    before, losses = validation_loss(), []
-    model.train()
-    for batch in (bar := tqdm(batches, "steps", disable=not accelerator.is_main_process)):
-        examples = [training[i] for i in batch]
-        losses.append(mean_loss(accelerator, model, examples, args.micro_batch_size, learn=True))
-        accelerator.clip_grad_norm_(model.parameters(), args.clip)
-        optimizer.step()
-        schedule.step()
-        optimizer.zero_grad()
-        bar.set_postfix(loss=f"{losses[-1]:.3f}")
-        if not math.isfinite(losses[-1]):
-            fail(f"the loss is {losses[-1]} after {len(losses)} steps; nothing is saved. Lower --lr.")
-    after = validation_loss()
-    outcome = f"loss {losses[0]:.3f} -> {losses[-1]:.3f} nats a token" + (
-        f", held out {before:.3f} -> {after:.3f}" if validation else "")
-
-    state = accelerator.get_state_dict(model)                   # all processes: under FSDP the weights are gathered
+    if dtype == "bfloat16" and args.rounding == "nearest":
+        weights = [weight.detach() for weight in model.parameters()]
+        moved = sum((w + args.lr != w).sum().item() for w in weights) / sum(w.numel() for w in weights)
+        say(accelerator, f"bfloat16 weights: a step of {args.lr:g} moves {moved:.0%} of them, and is lost on others. "
+                         "--rounding stochastic keeps it on average (docs/precision.md).")
+    try:
+        model, outcome = fit(accelerator, model, args, training, validation, batches, unfinished)
+    except torch.OutOfMemoryError as error:
+        raise OSError(f"lower --micro-batch-size, add --gradient-checkpointing, or use more GPUs: {error}")
+    state = accelerator.get_state_dict(model.to(getattr(torch, args.dtype)))        # all processes: FSDP gathers here
     if accelerator.is_main_process:
-        state = {name: weight.to(getattr(torch, args.dtype)) for name, weight in state.items()}
-        unfinished = f"{args.output}.unfinished"
-        shutil.rmtree(unfinished, ignore_errors=True)
         try:
             accelerator.unwrap_model(model).save_pretrained(unfinished, state_dict=state)
             tokenizer.save_pretrained(unfinished)
