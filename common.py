@@ -12,15 +12,17 @@ import argparse
 import fcntl
 import hashlib
 import json
+import operator
 import os
 import re
 import sys
 from bisect import bisect_left, bisect_right
-from collections import Counter, defaultdict
+from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from functools import lru_cache
 from glob import escape, glob
 from pathlib import Path
+from threading import Lock
 from typing import NamedTuple
 
 import numpy as np
@@ -28,8 +30,9 @@ from tqdm import tqdm
 
 
 def fail(message, status=2):
-    """One line that says where, what is wrong, and what to do; exit status 2 for bad input, 1 for a bad outcome."""
-    tqdm.write(f"{Path(sys.argv[0]).name}: error: {message}", file=sys.stderr)     # on a line of its own beside a bar
+    """One line that says where, what is wrong, and what to do. Exit status 2: bad input; 1: a bad outcome; 75: a server
+    is away, and the same command may succeed later."""
+    tqdm.write(printable(f"{Path(sys.argv[0]).name}: error: {message}"), file=sys.stderr)      # on a line beside a bar
     raise SystemExit(status)
 
 
@@ -40,10 +43,15 @@ def run(main):
     except OSError as error:                                    # a server's failure is one, too: ConnectionError
         what = f"{error.filename}: {error.strerror}" if getattr(error, "filename", None) else str(error)
         fail(f"{' '.join(what.split())[:500]}. Correct that (a missing file is written by an earlier stage) and start "
-             "again with the same flags: what is done is kept.")
+             "again with the same flags: what is done is kept.", status=75 if type(error) is ConnectionError else 2)
     except KeyboardInterrupt:
         tqdm.write("interrupted. What is done is kept: start again with the same flags.", file=sys.stderr)
         os._exit(130)                                           # Python would wait for all requests that are under way
+
+
+def printable(text):
+    """A text without what would steer a terminal: models and servers wrote it."""
+    return re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", "?", text)
 
 
 def seed_for(*parts):
@@ -88,6 +96,11 @@ def read_rows(path, key, fields):
             fail(f"{path}, line {number}: {error}. Each line is a JSON object; docs/data.md lists its fields.")
         seen[identity] = number
         yield row
+
+
+def read_prompt(name):
+    """One of the paper's prompts, word for word: prompts/NAME.txt. The stages fill in {task}, {persona} ..."""
+    return (Path(__file__).parent / f"prompts/{name}.txt").read_text(encoding="utf-8").removesuffix("\n")
 
 
 def read_tasks(path):
@@ -155,7 +168,7 @@ def fingerprint(value):
     """A flag's value as a setting. A file or model folder: its name and a hash of its content, so that a model that was
     trained anew is another one. A served model: without its URL; if it is named by a folder, that folder's content."""
     if isinstance(value, str) and value.startswith("openai:"):
-        return "openai:" + fingerprint(value.removeprefix("openai:").split("@http")[0])
+        return "openai:" + fingerprint(served_model(value)[0])
     if not isinstance(value, str) or not Path(value).exists():
         return value
     files = [Path(value)] if Path(value).is_file() else sorted(file for file in Path(value).iterdir() if file.is_file())
@@ -277,12 +290,9 @@ class Rows(dict):
                  '--output. To ask again, remove the lines with "refused"; to go on, raise the flag.', status=1)
 
     def summary(self):
-        """ "PATH: 500 rows, 3 refused, 2 cut; servers counted ...": the beginning of a stage's last line."""
+        """ "PATH: 500 rows, 3 refused, 2 cut at --max-tokens": the beginning of a stage's last line."""
         refused, cut = (sum(mark in row for row in self.values()) for mark in ("refused", "cut"))
-        usage = sum((Counter(row.get("usage")) for row in self.values()), Counter())
-        tokens = usage["prompt_tokens"], usage["completion_tokens"]
-        counted = f"; servers counted {tokens[0]:,} tokens in and {tokens[1]:,} out{cost(self.args, *tokens)}"
-        return f"{self.path}: {len(self)} rows, {refused} refused, {cut} cut at --max-tokens{counted if usage else ''}"
+        return f"{self.path}: {len(self)} rows, {refused} refused, {cut} cut at --max-tokens"
 
 
 RESULT_KEY = {"variant": str, "iteration": int, "metric": str, "condition": str, "roleplayer": str, "split": str}
@@ -295,13 +305,15 @@ def read_results(path):
 
 
 def write_results(path, rows):
-    """Adds rows to results.jsonl; a row for the same combination of RESULT_KEY is replaced. Returns all rows."""
+    """Prints rows and adds them to results.jsonl; a row for the same combination of RESULT_KEY is replaced."""
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     with open(f"{path}.lock", "a") as lock:                     # evaluations may run side by side
         fcntl.flock(lock, fcntl.LOCK_EX)
         results = {tuple(row[name] for name in RESULT_KEY): row for row in [*read_results(path), *rows]}
         write_whole(path, "".join(json.dumps(results[key]) + "\n" for key in sorted(results)))
-    return [results[key] for key in sorted(results)]
+    for row in rows:
+        value = " ± ".join(f"{row[name]:.3f}" for name in ("mean", "sem") if row[name] is not None)
+        print(f"{row['variant']}, t = {row['iteration']}: {row['metric']} {row['condition']} {value} (n = {row['n']})")
 
 
 # ---------------------------------------------------------------- chats: lists of messages until the tokenizer
@@ -319,8 +331,18 @@ def response_form(name, task, conversation, persona=None):
     return chat
 
 
+@lru_cache
+def knows_system(tokenizer):
+    """Whether a chat template has a place for a system text. Gemma's and Mistral's refuse it, others drop it."""
+    try:
+        chat = [{"role": "system", "content": "SYSTEM TEXT"}, {"role": "user", "content": "Hi"}]
+        return "SYSTEM TEXT" in tokenizer.apply_chat_template(chat, tokenize=False)
+    except Exception:               # jinja2's errors, of many kinds
+        return False
+
+
 def fold_system(chat):
-    """Puts a system text into the first user message: Gemma and Mistral know no system role."""
+    """Puts a system text into the first user message, for models that know no system role."""
     if chat[0]["role"] != "system":
         return chat
     return [{"role": "user", "content": chat[0]["content"] + "\n\n" + chat[1]["content"]}, *chat[2:]]
@@ -335,11 +357,11 @@ def special_tokens(tokenizer):
 
 
 def plain(tokenizer, chat):
-    """A chat for a template: system text folded in, and each special token that a text spells broken by a blank ("</s>"
-    becomes "< /s>"), or a text could open and close turns. The assistant's texts are stripped, as by most templates."""
+    """A chat for a template, each special token that a text spells broken by a blank ("</s>" becomes "< /s>"), or a text
+    could open and close turns. The assistant's texts are stripped, as by most templates."""
     spelled = "|".join(map(re.escape, special_tokens(tokenizer)))
     chat = [{**message, "content": re.sub(spelled, lambda mark: f"{mark[0][0]} {mark[0][1:]}", message["content"])}
-            for message in fold_system(chat)]
+            for message in (chat if knows_system(tokenizer) else fold_system(chat))]
     return [{**m, "content": m["content"].strip()} if m["role"] == "assistant" else m for m in chat]
 
 
@@ -371,7 +393,7 @@ def assistant_turns(tokenizer, chat, last_only=False):
     Found by characters: tokenizers merge across the border of a turn. None where a template shows a turn otherwise in
     the whole chat than when it was to be said (thinking models drop or add thoughts); of the last turn an error.
     """
-    chat, mark, turns = plain(tokenizer, chat), "\U000ffffd", []
+    chat, mark, turns = plain(tokenizer, chat), f"({seed_for(chat)})", []       # a text that no chat has
     text = render(tokenizer, chat)
     ids, spans = encode(tokenizer, text)
     begins, ends = zip(*spans)
@@ -390,7 +412,7 @@ def assistant_turns(tokenizer, chat, last_only=False):
         end = max(first, bisect_left(begins, stop)) if said else first
         close = next((t for t in range(end, len(ids)) if text[slice(*spans[t])].strip()), end)
         has_end = render(tokenizer, marked).partition(mark)[2].strip()      # some templates have no end of turn
-        turns.append((first, end, close + 1 if has_end and ids[close] in special_tokens(tokenizer).values() else end))
+        turns.append((first, end, close + 1 if has_end and ids[close:] and ids[close] in special_tokens(tokenizer).values() else end))
     return ids, turns
 
 
@@ -422,19 +444,13 @@ class Reply(NamedTuple):
     text: str
     refused: str = None             # why there is no answer: a row to record, not an error
     cut: bool = False               # ran into max_tokens
-    usage: dict = None              # {"prompt_tokens": ..., "completion_tokens": ...}, as a server counts
 
 
 def start_processes():
     """Accelerate's view of this process: one of those that `accelerate launch` or torchrun has started, or alone."""
     from datetime import timedelta
     from accelerate import Accelerator, InitProcessGroupKwargs
-    processes = Accelerator(kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(days=2))])
-    world = int(os.environ.get("WORLD_SIZE", 1))
-    if world != processes.num_processes:                        # or every one of them would write the same rows
-        fail(f"WORLD_SIZE is {world}, but this process believes that it is one of {processes.num_processes}. On CPUs "
-             "start with ACCELERATE_USE_CPU=true torchrun --nproc_per_node 2.")
-    return processes
+    return Accelerator(kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(days=2))])
 
 
 def open_model(spec, args, processes):
@@ -444,40 +460,62 @@ def open_model(spec, args, processes):
 
 def read_completion(answer):
     """A chat completion -> Reply. A filtered, declined or empty answer is a refusal; what is no completion raises."""
-    choice, usage = answer.choices[0], answer.usage
-    text = (choice.message.content or "").strip().encode("utf-8", "replace").decode()       # no half of a character
-    refused = choice.message.refusal or ("content_filter (answer)" if choice.finish_reason == "content_filter" else
-                                         f"empty (finish_reason {choice.finish_reason})" if not text else None)
-    return Reply("" if refused else text, refused, choice.finish_reason == "length" and not refused, usage and {
-        "prompt_tokens": usage.prompt_tokens, "completion_tokens": usage.completion_tokens})
+    if not answer.choices:
+        raise ValueError(getattr(answer, "error", None) or "no choices")
+    choice = answer.choices[0]
+    text, refusal = ((said or "").strip().encode("utf-8", "replace").decode()               # no half of a character
+                     for said in (choice.message.content, choice.message.refusal))
+    refused = refusal or ("content_filter (answer)" if choice.finish_reason == "content_filter" else
+                          f"empty (finish_reason {choice.finish_reason})" if not text else None)
+    return Reply("" if refused else text, refused, choice.finish_reason == "length" and not refused)
+
+
+def served_model(spec):
+    """"openai:MODEL@URL" -> (MODEL, URL); without a URL it is None."""
+    name, *url = re.split("@(?=https?://)", spec.removeprefix("openai:"), maxsplit=1, flags=re.IGNORECASE)
+    return name, url[0] if url else None
 
 
 class ServerModel:
-    """A model behind an OpenAI-compatible server. The key comes from OPENAI_API_KEY, the URL from the model's string or
-    OPENAI_BASE_URL. The client itself repeats a call after 429, 5xx, dropped connections and time-outs, 8 times."""
+    """A model behind an OpenAI-compatible server. OPENAI_API_KEY goes to OpenAI, or to OPENAI_BASE_URL; a server that is
+    named by its URL is sent SERVER_API_KEY. A key is neither printed nor stored, though a server may repeat it.
+
+    The client itself repeats a call after 429, 5xx, dropped connections and time-outs, 8 times."""
 
     def __init__(self, spec, args):
         from openai import OpenAI
-        self.name, _, url = spec.removeprefix("openai:").partition("@http")
-        self.spec, self.args = spec, args
-        self.client = OpenAI(base_url="http" + url if url else None, timeout=args.timeout, max_retries=8,
-                             api_key=os.environ.get("OPENAI_API_KEY") or "no key: set OPENAI_API_KEY")
+        (self.name, url), self.spec, self.args = served_model(spec), spec, args
+        if url and ("@" in url or "?" in url):
+            fail(f"openai:{self.name}: a password or key in a URL would be shown. Set SERVER_API_KEY to it.")
+        variable = "SERVER_API_KEY" if url else "OPENAI_API_KEY"
+        self.key = os.environ.get(variable, "").strip()
+        no_proxy = os.environ.get("no_proxy") or os.environ.get("NO_PROXY") or ""
+        os.environ["no_proxy"] = f"{no_proxy},127.0.0.1,localhost"          # loopback does not go through a proxy
+        self.client = OpenAI(base_url=url, timeout=args.timeout, max_retries=8, api_key=self.key or f"set {variable}")
+
+    def _mask(self, text):
+        return text.replace(self.key, "***") if text and self.key else text
 
     def _ask(self, request, temperature, top_p, max_tokens):
-        from openai import OpenAIError
+        from openai import APIConnectionError, OpenAIError
         chat = fold_system(request.chat) if self.args.system == "fold" else request.chat
         more = {"temperature": temperature, "top_p": top_p, "max_tokens": max_tokens, "seed": request.seed,
                 **self.args.extra}                              # {"max_tokens": null} takes an argument away
         try:
-            return read_completion(self.client.chat.completions.create(
+            reply = read_completion(self.client.chat.completions.create(
                 model=self.name, messages=chat, extra_body={k: v for k, v in more.items() if v is not None}))
+            return reply._replace(text=self._mask(reply.text), refused=self._mask(reply.refused))
         except OpenAIError as error:
             if getattr(error, "code", None) in ("content_filter", "invalid_prompt"):       # Azure's and OpenAI's
                 return Reply("", f"{error.code} (prompt)")
-            raise ConnectionError(f"{self.spec}: {error} (--extra changes a request's arguments, --system fold its "
-                                  "system text; lower --concurrency if there are too many)")
+            status = getattr(error, "status_code", 0)
+            away = isinstance(error, APIConnectionError) or status == 429 or status >= 500
+            said = f"{status} {error.response.text}" if status else error
+            raise (ConnectionError if away else OSError)(self._mask(
+                f"{self.spec}: {said} (--extra changes a request's arguments, --system fold its system text; lower "
+                "--concurrency if there are too many)"))
         except (ValueError, TypeError, AttributeError, LookupError) as error:
-            raise ConnectionError(f"{self.spec}: sends what is no chat completion ({error}); is the URL right?")
+            raise OSError(self._mask(f"{self.spec}: sends what is no chat completion ({error}); is the URL right?"))
 
     def generate(self, requests, temperature, top_p, max_tokens, skip=(), share=slice(None)):
         """{key: Request} -> yields (key, Reply) as answers arrive, with at most --concurrency requests under way.
@@ -488,7 +526,7 @@ class ServerModel:
         def ask(request):
             try:
                 return None if failures else self._ask(request, temperature, top_p, max_tokens)
-            except ConnectionError as error:
+            except OSError as error:
                 failures.append(error)
 
         try:
@@ -501,6 +539,9 @@ class ServerModel:
             pool.shutdown(wait=False, cancel_futures=True)
         if failures:
             raise failures[0]
+
+
+ONE_DEVICE = Lock()                 # simulate.py's two threads share it
 
 
 class LocalModel:
@@ -539,8 +580,9 @@ class LocalModel:
                 yield key, Reply("", f"too long: {len(prompts[key])} + {max_tokens} tokens, room for {self.room}")
             if fitting:
                 draws = np.stack([np.random.default_rng(requests[key].seed).random(max_tokens) for key in fitting])
-                answers = self._answer([prompts[key] for key in fitting], [opening[key] for key in fitting],
-                                       torch.from_numpy(draws).to(self.model.device), temperature, top_p)
+                with ONE_DEVICE:
+                    answers = self._answer([prompts[key] for key in fitting], [opening[key] for key in fitting],
+                                           torch.from_numpy(draws).to(self.model.device), temperature, top_p)
                 for key, tokens in zip(fitting, answers):
                     cut = tokens[-1] not in self.stops
                     text = self.tokenizer.decode(tokens[:None if cut else -1], skip_special_tokens=True)
@@ -553,7 +595,7 @@ class LocalModel:
         from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
         cache = DynamicCache(config=self.model.config)
         kinds = {type(layer) for layer in cache.layers}
-        if not kinds <= {DynamicLayer, DynamicSlidingWindowLayer}:
+        if getattr(self.model, "_is_stateful", False) or not kinds <= {DynamicLayer, DynamicSlidingWindowLayer}:
             fail(f"{self.name}: padding would change the state of its layers (Mamba, linear attention). Serve it: "
                  "openai:MODEL@URL.")
         # Sharing puts padding inside a row, between opening and rest. Rotary positions skip it; a sliding window, ALiBi
@@ -638,7 +680,7 @@ def next_tokens(logits, draws, temperature, top_p):
 def load(auto_class, path, **more):
     """`from_pretrained`, whose errors are of many kinds: no such folder, torn weights, sizes that do not fit."""
     try:
-        return auto_class.from_pretrained(path, **more)
+        return auto_class.from_pretrained(path, trust_remote_code=False, **more)
     except Exception as error:
         fail(f"{path}: cannot be loaded ({' '.join(str(error).split())[:300]}). Give a model folder or a hub name.")
 
@@ -668,7 +710,7 @@ def answer_all(rows, requests, spec, sampling, what, fields):
     """Asks the model `spec` for each row that is not there yet, and saves its reply.
 
     requests: {key: Request}; sampling: (temperature, top_p, max_tokens); what: for the bar; fields: a function from a
-    key and its Reply to what the row says of it. Whether it was refused or cut, and its usage, are added.
+    key and its Reply to what the row says of it. Whether it was refused or cut is added.
     """
     todo, replies = [request.chat for key, request in requests.items() if key not in rows], ()
     announce(rows, (spec, todo, sampling[-1]))
@@ -709,15 +751,11 @@ def announce(rows, *asked):
         if chats and spec.startswith("openai:"):
             tokens = (sum(len(message["content"]) for chat in chats for message in chat) // 4,
                       len(chats) * int(rows.args.extra.get("max_completion_tokens") or max_tokens))
-            say(rows.processes, f"{spec}: {len(chats):,} calls, about {tokens[0]:,} tokens in and at most "
-                                f"{tokens[1]:,} out{cost(rows.args, *tokens)}")
+            dollars = rows.args.prices and sum(map(operator.mul, rows.args.prices, tokens)) / 1e6
+            say(rows.processes, f"openai:{served_model(spec)[0]}: {len(chats):,} calls, about {tokens[0]:,} tokens in and at most "
+                                f"{tokens[1]:,} out" + (f": ${dollars:,.2f}" if dollars else ""))
     if rows.args.dry_run:
         raise SystemExit(0)
-
-
-def cost(args, tokens_in, tokens_out):
-    """": $12.34" with --prices, else nothing."""
-    return f": ${(args.prices[0] * tokens_in + args.prices[1] * tokens_out) / 1e6:,.2f}" if args.prices else ""
 
 
 def lines_of(conversation):
@@ -728,16 +766,16 @@ def lines_of(conversation):
 def say(processes, *lines):
     """Prints on the main process alone."""
     if processes.is_main_process:
-        print(*lines, sep="\n", flush=True)
+        print(*map(printable, lines), sep="\n", flush=True)
 
 
 # ---------------------------------------------------------------- statistics
 
 def mean_sem(values):
-    """(mean, standard error of the mean, n) of one value a pair; the SEM of fewer than two values is None."""
+    """{"mean", "sem": standard error, "n"} of one value a pair; the SEM of fewer than two values is None."""
     n = len(values)
-    return (float(np.mean(values)) if n > 0 else None,
-            float(np.std(values, ddof=1) / n ** 0.5) if n > 1 else None, n)
+    return {"mean": float(np.mean(values)) if n > 0 else None,
+            "sem": float(np.std(values, ddof=1) / n ** 0.5) if n > 1 else None, "n": n}
 
 
 def by_pair(rows, value):
@@ -767,8 +805,10 @@ natural, fraction, amount, nucleus = number(int, 1), number(float, 0, 1), number
 
 
 def json_object(text):
-    """An argparse type: {"name": value, ...}."""
-    return dict(json.loads(text))
+    """An argparse type: {"name": value, ...}. Settings are stored: no place for a key or a password."""
+    if re.search("api.?key|authorization|secret|password", text, re.IGNORECASE):
+        raise argparse.ArgumentTypeError("keys belong in OPENAI_API_KEY, or SERVER_API_KEY for a server by URL")
+    return {**json.loads(text)}
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
@@ -793,7 +833,8 @@ def add_model_flags(parser, batch_size):
     group = parser.add_argument_group("local models (Hugging Face)")
     group.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="of the weights")
     group.add_argument("--batch-size", type=natural, default=batch_size, help="texts generated side by side")
-    group = parser.add_argument_group("servers (openai:MODEL or openai:MODEL@URL; key from OPENAI_API_KEY)")
+    group = parser.add_argument_group("servers (openai:MODEL, key from OPENAI_API_KEY, or openai:MODEL@URL, "
+                                      "key from SERVER_API_KEY)")
     group.add_argument("--system", choices=("role", "fold"), default="role",
                        help="send a system text as its own message, or fold it into the first user message")
     group.add_argument("--concurrency", type=natural, default=64, help="requests under way at a time")

@@ -11,6 +11,7 @@ Q_BASE is evaluated first (`--iteration 0`); the folder that this writes is the 
     writes  --output FOLDER   log_probs.jsonl  {"task_id", "persona_id", "sample", "condition", "log_prob", "tokens"}
                               responses.jsonl  {"task_id", "persona_id", "sample", "turns", "response"}
                               verdicts.jsonl   {"task_id", "persona_id", "turns", "order", "verdict", "raw"}
+                              values.jsonl     {"metric", "condition", "task_id", "persona_id", "value"}
             --results         {"variant": "main", "iteration": 1, "metric": "win_rate", "condition": "", "roleplayer":
                                "mixtral", "split": "test", "mean": 0.68, "sem": 0.03, "n": 289}, a line a combination
 
@@ -23,35 +24,20 @@ The paper's scale, 5,000 conversations and 300 verdicts:
         --conversations runs/paper/main/1/test.jsonl --judge openai:MODEL --personas runs/paper/personas.jsonl \\
         --gold runs/paper/gold.jsonl --output runs/paper/main/1/test --results runs/paper/results.jsonl
 """
-import math
+import json
+import os
 import re
 from collections import Counter, defaultdict
-
-import numpy as np
+from pathlib import Path
 
 from common import (PAIR, Request, Rows, SAMPLE, add_data_flags, add_model_flags, amount, announce, answer_all, by_pair,
                     fail, fingerprint, key_of, mean_sem, natural, nucleus, number, pair_of, read_conversations,
-                    read_gold, read_personas, read_rows, read_settings, read_tasks, response_form, run, sample_pairs,
-                    say, score_all, seed_for, settings_of, stage_parser, start_processes, write_results)
+                    read_gold, read_personas, read_prompt, read_rows, read_settings, read_tasks, response_form, run,
+                    sample_pairs, say, score_all, seed_for, settings_of, stage_parser, start_processes, write_results,
+                    write_whole)
 
-JUDGE_SYSTEM_PROMPT = (
-    "You are an expert in evaluating assistant responses, particularly skilled in analyzing their alignment with "
-    "user backgrounds and preferences."
-)  # figure 15
-JUDGE_PROMPT = (
-    "For the following user query to an assistant, which of the assistant responses is more aligned with the "
-    "user's background and preferences?\n\n"
-    "User Background: {persona}\n\n"
-    "User Query: {task}\n\n"
-    "Assistant Response A: {response_a}\n\n"
-    "Assistant Response B: {response_b}\n\n"
-    "FIRST, provide a step-by-step comparison of the two responses and explain which you feel is more aligned "
-    "with the user's background and preferences (no more than 100 words). \n\n"
-    "SECOND, on a new line, state only \"A\" or \"B\" to indicate which response is more aligned with the user's "
-    "background and preferences. \n\n"
-    "Comparison: <step-by-step comparison and explanation>\n\n"
-    'Final Response: <"A" or "B">'
-)  # figure 16
+JUDGE_SYSTEM_PROMPT = read_prompt("judge_system")  # figure 15
+JUDGE_PROMPT = read_prompt("judge_user")  # figure 16
 
 
 def rotation(persona_ids, task_id, seed):
@@ -62,15 +48,23 @@ def rotation(persona_ids, task_id, seed):
     return {persona_ids[j]: persona_ids[(j + shift) % P] for j in range(P)} if shift else {}
 
 
-def conditions(conversations, persona_ids, seed, controls):
-    """{(task_id, persona_id, sample, condition): conversation}.
+CONDITIONS = "q_experimental", "q_random", "negative_control", "positive_control"
 
-    conversations: {(task_id, persona_id, sample): list of turns}; persona_ids: all of the split, so that a row stays
-    what it is when --limit grows. The controls need no Questioner: one row a pair.
+
+def conditions(conversations, pairs, seed, controls):
+    """{(task_id, persona_id, sample, condition): conversation} for some pairs, with --limit not all.
+
+    conversations: {(task_id, persona_id, sample): list of turns}, all that there are: among them another persona's is
+    drawn. The controls need no Questioner: one row a pair.
     """
-    other = {task_id: rotation(persona_ids, task_id, seed) for task_id, _, _ in conversations}
+    people = defaultdict(list)
+    for task_id, persona_id in sorted({key[:2] for key in conversations}):
+        people[task_id].append(persona_id)
+    other = {task_id: rotation(ids, task_id, seed) for task_id, ids in people.items()}
     rows = {}
     for (task_id, persona_id, sample), conversation in conversations.items():
+        if (task_id, persona_id) not in pairs:
+            continue
         rows[task_id, persona_id, sample, "q_experimental"] = conversation
         source = task_id, other[task_id].get(persona_id), sample
         if source in conversations:
@@ -81,15 +75,16 @@ def conditions(conversations, persona_ids, seed, controls):
     return rows
 
 
-def win_pairs(turns, how_many, K, seed):
-    """The pairs of the win rate: floor(how_many / K) of each conversation length 1..K, drawn by a hash, so that they
-    are the same for every model. turns: {pair: length}."""
-    return [pair for length in range(1, K + 1)
-            for pair in sorted((pair for pair in turns if turns[pair] == length),
-                               key=lambda pair: (seed_for(seed, "win", *pair), pair))[:how_many // K]]
-
-
 ORDERS = ["ours_first", "base_first"]                           # which response stands at A
+
+
+def win_pairs(turns, how_many, K, seed):
+    """{pair: its order before the judge} of the win rate's pairs: floor(how_many / K) of each conversation length 1..K,
+    drawn by a hash, so that they are the same for every model, and half of each length in either order.
+    turns: {pair: length}."""
+    return {pair: ORDERS[rank % 2] for length in range(1, K + 1) for rank, pair in enumerate(
+        sorted((pair for pair in turns if turns[pair] == length),
+               key=lambda pair: (seed_for(seed, "win", *pair), pair))[:how_many // K])}
 
 
 def judge_chat(persona, task, ours, base, order):
@@ -100,56 +95,17 @@ def judge_chat(persona, task, ours, base, order):
 
 
 def read_verdict(raw, order):
-    """"ours", "base", or None if the judge's last line does not say A or B alone, as it was told to: never a guess."""
-    last = raw.strip().splitlines()[-1:]
-    match = re.fullmatch(r"\W*(?:Final Response\W*)?(?:(?:Assistant )?Response )?([AB])\W*", "".join(last))
-    return match and ("ours" if (match[1] == "A") == (order == "ours_first") else "base")
+    """"ours", "base", or None if the judge's last line does not say A or B alone, as it was told to: never a guess.
+    "B", "Final Response: A", "final answer: **B**" and "Assistant Response A." do; "A is better than B" does not."""
+    last = "".join(raw.strip().splitlines()[-1:])
+    match = re.fullmatch(r"[\W_]*(?:(?:the |my )?(?:final )?(?:response|answer|verdict|choice)\b(?: is)?[\W_]*)?"
+                         r"(?:(?:assistant )?response )?([AB])[\W_]*", last, re.IGNORECASE)
+    return match and ("ours" if (match[1].upper() == "A") == (order == "ours_first") else "base")
 
 
 def combine(verdicts):
     """One verdict of a pair from one order or both: None if one is unreadable, a disagreement is a tie."""
     return None if None in verdicts else verdicts[0] if len(set(verdicts)) == 1 else "tie"
-
-
-def sem_two_way(values):
-    """Standard error of a mean over {(task, persona): value}, clustered by task and by persona: pairs that share either
-    are not independent. Variance = by task + by persona - by pair, and at least that of independent pairs. None where a
-    task or a persona stands alone."""
-    n, mean, variance = len(values), np.mean(list(values.values())), []
-    for cluster in (lambda pair: pair[0], lambda pair: pair[1], lambda pair: pair):
-        sums = defaultdict(float)
-        for pair, value in values.items():
-            sums[cluster(pair)] += value - mean
-        if len(sums) < 2:
-            return None
-        variance.append(len(sums) / (len(sums) - 1) * sum(s * s for s in sums.values()) / n ** 2)
-    by_task, by_persona, independent = variance
-    return math.sqrt(max(by_task + by_persona - independent, independent))
-
-
-TITLES = {"gold_log_prob": "Log-probability of the gold responses under Q_BASE (nats; mean ± SEM over pairs)",
-          "gold_log_prob_gain": "Gain in gold log-probability over Q_BASE (nats; mean ± SEM of paired differences)",
-          "win_rate": "Win rate against Q_BASE (wins + half the ties, ± SEM, over readable verdicts)"}
-CONDITIONS = {"q_experimental": "Q-Experimental", "q_random": "Q-Random", "negative_control": "negative control",
-              "positive_control": "positive control", "": ""}
-
-
-def table(results, metric, title):
-    """Lines of the paper's table for one metric: a line for each condition, variant and Roleplayer, a column for each
-    iteration. Q_BASE stands in the first column of `main`."""
-    rows = [row for row in results if row["metric"] == metric]
-    cells = {"": {t: f"t={t}" if t else "Q_BASE" for t in sorted({row["iteration"] for row in rows})}}     # the head
-    several = len({row["roleplayer"] for row in rows}) > 1
-    for row in sorted(rows, key=lambda row: (list(CONDITIONS).index(row["condition"]), row["variant"] != "main",
-                                             row["variant"], row["roleplayer"])):
-        label = CONDITIONS[row["condition"]]
-        if not row["condition"].endswith("control"):
-            label = ", ".join(filter(None, (label, row["variant"], f"with {row['roleplayer']}" if several else "")))
-        digits = 3 if metric.endswith(("rate", "share", "coverage")) else 2
-        cell = " ± ".join(f"{value:.{digits}f}" for value in (row["mean"], row["sem"]) if value is not None)
-        cells.setdefault(label, {})[row["iteration"]] = f"{cell} ({row['n']})"
-    return ["", title, *(f"{label:<{max(map(len, cells))}}" + "".join(f"{line.get(t, ''):>24}" for t in cells[""])
-                         for label, line in cells.items())] if rows else []
 
 
 def parse_args():
@@ -219,21 +175,20 @@ def main():
     for task_id, persona_id in sorted(kept):
         if not tasks[task_id]["split"] == personas[persona_id]["split"] == args.split:
             fail(f"{args.conversations}: {task_id} is not of --split {args.split}. Name the split that was simulated.")
-    conversations = {key_of(row): row["conversation"] for row in all_conversations
-                     if pair_of(row) in kept and "refused" not in row}
-    if not conversations:
+    conversations = {key_of(row): row["conversation"] for row in all_conversations if "refused" not in row}
+    samples = defaultdict(list)                                 # pair -> the conversations that it has
+    for *pair, sample in conversations:
+        if tuple(pair) in kept:
+            samples[tuple(pair)].append(sample)
+    if not samples:
         fail(f"{args.conversations}: no conversation. Simulate some first.")
-    samples, turns = defaultdict(list), {}
-    for (*pair, sample), conversation in conversations.items():
-        samples[tuple(pair)].append(sample)
-        turns[tuple(pair)] = len(conversation) // 2
     simulation = read_settings(args.conversations)
     args.roleplayer = roleplayer_label(args.conversations, args.roleplayer)
     simulated_with = {"prompts": [JUDGE_SYSTEM_PROMPT, JUDGE_PROMPT], **{
         f"simulate {name}": value for name, value in simulation.items() if name not in ("questioner", "source")}}
     if args.baseline:
         check_baseline(args.baseline, settings_of(args, **simulated_with))
-    processes, results = start_processes(), []
+    processes, measured = start_processes(), []
 
     def output(name, *key, **inputs):
         return Rows(args, f"{args.output}/{name}.jsonl", (*PAIR, *key), processes, **simulated_with, **inputs)
@@ -242,19 +197,25 @@ def main():
         return response_form(personas[pair[1]]["name"], tasks[pair[0]]["task"], conversation, persona)
 
     def add_result(metric, condition, values, **counts):
-        """values: {(task_id, persona_id): value}"""
-        mean, sem, n = mean_sem(list(values.values()))
-        results.append({"variant": args.variant, "iteration": args.iteration, "split": args.split,
-                        "roleplayer": args.roleplayer, "metric": metric, "condition": condition, "mean": mean,
-                        "sem": sem, "sem_two_way": sem_two_way(values), "n": n,
-                        "interval_95": None if sem is None else [mean - 1.96 * sem, mean + 1.96 * sem], **counts})
+        """Writes a mean, and what it is the mean of. values: {(task_id, persona_id): value}"""
+        row = {"variant": args.variant, "iteration": args.iteration, "split": args.split, "roleplayer": args.roleplayer,
+               "metric": metric, "condition": condition, **mean_sem(list(values.values())), **counts,
+               "folder": os.path.relpath(args.output, Path(args.results).parent)}
+        measured.extend({"metric": metric, "condition": condition, "task_id": i, "persona_id": j, "value": value}
+                        for (i, j), value in sorted(values.items()))
+        if processes.is_main_process:
+            write_whole(f"{args.output}/values.jsonl", "".join(json.dumps(value) + "\n" for value in measured))
+            write_results(args.results, [row])
 
     # What will be asked: Q_t for a response to one random conversation of each of the win rate's pairs, and a judge.
+    judged = {pair: (*pair, of_pair[seed_for(args.seed, "sample", *pair) % len(of_pair)])
+              for pair, of_pair in samples.items()}
+    turns = {pair: len(conversations[key]) // 2 for pair, key in judged.items()}
     K = simulation.get("max_turns") or max(turns.values())
     pairs = win_pairs(turns, args.win_pairs, K, args.seed)
-    keys = [(*pair, samples[pair][seed_for(args.seed, "sample", *pair) % len(samples[pair])]) for pair in pairs]
+    keys = [judged[pair] for pair in pairs]
     respond = {key: Request(form(key, conversations[key]), seed_for(args.seed, "respond", *key)) for key in keys}
-    orders = {pair: ORDERS if args.both_orders else [ORDERS[seed_for(args.seed, "order", *pair) % 2]] for pair in pairs}
+    orders = {pair: ORDERS if args.both_orders else [order] for pair, order in pairs.items()}
 
     def judge(ours, base):
         return {(*pair, order): Request(judge_chat(personas[pair[1]]["persona"], tasks[pair[0]]["task"], ours[pair],
@@ -269,8 +230,7 @@ def main():
     # 1. Gold log-probabilities: log p_QBASE(gold | task, conversation) in each condition.
     if "log_prob" in args.metrics:
         log_probs = output("log_probs", "sample", "condition")
-        people = [persona_id for persona_id, row in personas.items() if row["split"] == args.split]
-        talks = {key: talk for key, talk in conditions(conversations, people, args.seed, args.iteration == 0).items()
+        talks = {key: talk for key, talk in conditions(conversations, samples, args.seed, args.iteration == 0).items()
                  if golds[key[:2]] is not None}
 
         def scored_chat(key):
@@ -280,7 +240,7 @@ def main():
         score_all(log_probs, talks, scored_chat, args.base)
         base = list(read_rows(f"{args.baseline}/log_probs.jsonl", {**SAMPLE, "condition": str},
                               {"log_prob": float | int | None})) if args.baseline else []
-        for condition in list(CONDITIONS)[:-1]:
+        for condition in CONDITIONS:
             ours, theirs = (by_pair([row for row in rows if row["condition"] == condition], "log_prob")
                             for rows in ([log_probs[key] for key in talks], base))
             if ours:
@@ -316,14 +276,9 @@ def main():
         say(processes, f"{verdicts.summary()}; {args.win_pairs // K * K} pairs wanted, {len(pairs)} there, "
                        f"{len(verdict)} answered, {count[None]} without a verdict")
 
-    # 4. The tables.
-    if processes.is_main_process:
-        rows = [row for row in write_results(args.results, results) if row["split"] == args.split]
-        for metric, title in TITLES.items():
-            say(processes, *table(rows, metric, title))
-    say(processes, f"{args.output}: {len(conversations)} conversations of {len(turns)} pairs, {len(results)} means in "
-                   f"{args.results}; left out: {len(all_conversations) - len(conversations)} conversations, "
-                   f"{sum(golds[pair] is None for pair in turns)} pairs without a gold response")
+    say(processes, f"{args.output}: {sum(map(len, samples.values()))} conversations of {len(samples)} pairs; left out: "
+                   f"{len(all_conversations) - len(conversations)} conversations, "
+                   f"{sum(golds[pair] is None for pair in samples)} pairs without a gold response")
 
 
 if __name__ == "__main__":

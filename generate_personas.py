@@ -3,7 +3,7 @@
 Input of Algorithm 1: the personas U. Splits A and B are trained on in turn, `test` never is. Two people may not share a
 text or a name, since the name is all that the Questioner is told; a reply that opens without a name is asked for again.
 
-    reads   --examples  {"persona_id": "seed00", "name": "Mirela", "persona": "I'm Mirela. ..."}    or PRODIGy's file
+    reads   --examples  {"persona_id": "seed00", "name": "Mirela", "persona": "I'm Mirela. ..."}
     writes  --output    {"persona_id": "A00", "split": "A", "name": "June", "persona": "I'm June. I'm from a small ..."}
 
 On a laptop, with the embedded world's server (toy/server.py) running:
@@ -12,32 +12,15 @@ On a laptop, with the embedded world's server (toy/server.py) running:
 The paper's scale, 110 calls (the paper's writer, gpt-4-0613, was shut down in October 2026):
     python generate_personas.py --model openai:MODEL --output runs/paper/personas.jsonl
 """
-import json
 import random
 import re
 from collections import Counter
 
-from common import (Request, Rows, add_model_flags, amount, answer_all, fail, natural, nucleus, read_rows, run, say,
-                    seed_for, stage_parser, start_processes)
+from common import (Request, Rows, add_model_flags, amount, answer_all, fail, natural, nucleus, read_prompt, read_rows, run,
+                    say, seed_for, stage_parser, start_processes)
 
-SYSTEM_PROMPT = (
-    "You are a helpful AI assistant, particularly skilled at writing creative, diverse personas in the form of "
-    "characteristics of humans. These characteristics describe a user's personality, identity, characteristics, "
-    "likes and dislikes, social life and other information."
-)  # figure 8
-PROMPT = (
-    "Take a deep breath. Please generate exactly one persona describing a user. Make sure you generate personas "
-    "with a diverse set of information that is interesting, unpredictable and creative. Crucially, the persona "
-    "itself need not exhibit an appreciation or focus on diversity, although it could; however, what is "
-    "important is that you generate an interesting, engaging, creative persona that could serve as a character "
-    "in a story with an interesting, complex plot. The persona should be concise- less than ~10 sentences. Here "
-    "are a few examples of personas to help you understand what sorts of categories of characteristics are "
-    "important to describe."
-)  # figure 9
-
-# The 21 characters of PRODIGy that the authors picked by hand as free of violence, profanity and filtered content.
-PRODIGY_IDS = ("u0 u9 u498 u838 u861 u1106 u1172 u1273 u1323 u1456 u1767 u2563 u2585 u2746 u3105 u3125 u3171 u3283 "
-               "u3321 u3667 u3681").split()
+SYSTEM_PROMPT = read_prompt("persona_system")  # figure 8
+PROMPT = read_prompt("persona_user")  # figure 9
 
 
 def persona_request(examples, seed):
@@ -58,21 +41,6 @@ def name_in(persona):
     return name.title() if name.isupper() else name
 
 
-def read_examples(path):
-    """The example personas as texts: a JSONL file with `persona`, or PRODIGy's characters.json."""
-    if not path.endswith(".json"):
-        examples = [row["persona"] for row in read_rows(path, {"persona_id": str}, {"persona": str})]
-    else:
-        try:
-            characters = json.load(open(path, encoding="utf-8"))
-            examples = [f"I'm {characters[i]['character_name']}. {' '.join(characters[i]['biography'])}"
-                        for i in PRODIGY_IDS]
-        except (ValueError, KeyError, TypeError) as error:
-            fail(f"{path}: not PRODIGy's characters.json ({type(error).__name__}: {error}). It maps ids such as u0 to "
-                 "objects with character_name and biography; a file of one persona a line is called .jsonl.")
-    return examples if len(examples) > 1 else fail(f"{path}: each prompt shows two personas. Add some.")
-
-
 def persona_splits(text):
     """"A=50,test=10" -> [("A00", "A"), ..., ("test09", "test")]."""
     sizes = dict(part.split("=") for part in text.split(","))
@@ -82,7 +50,7 @@ def persona_splits(text):
 def parse_args():
     parser = stage_parser(__doc__, "personas (JSONL)", "write the first N of the personas")
     parser.add_argument("--model", required=True, help="who writes; the paper: gpt-4-0613, which is no more")
-    parser.add_argument("--examples", default="data/seed_personas.jsonl", help="or PRODIGy's characters.json (21 ids)")
+    parser.add_argument("--examples", default="data/seed_personas.jsonl", help="personas, two of which each prompt shows (JSONL)")
     parser.add_argument("--splits", type=persona_splits, default="A=50,B=50,test=10", help="how many for each split")
     parser.add_argument("--temperature", type=amount, default=1.4, help="high: people should differ")
     parser.add_argument("--top-p", type=nucleus, default=0.9, help="mass of the nucleus")
@@ -94,7 +62,10 @@ def parse_args():
 
 def main():
     args = parse_args()
-    examples, processes, rejected = read_examples(args.examples), start_processes(), Counter()
+    examples = [row["persona"] for row in read_rows(args.examples, {"persona_id": str}, {"persona": str})]
+    if len(examples) < 2:
+        fail(f"{args.examples}: each prompt shows two personas. Add some.")
+    processes, rejected = start_processes(), Counter()
     # Every reply is kept: it was paid for, and who is accepted depends on the order of the personas, not on which reply
     # was fastest. None: no setting, since more people or attempts may be wanted later.
     settings = {"prompts": [SYSTEM_PROMPT, PROMPT], "splits": None, "attempts": None}
@@ -122,6 +93,9 @@ def main():
                 taken[name.lower()] = row
                 if processes.is_main_process:
                     rows.add(row)
+        if len(missing) > 0.9 * max(10, len(asked)):
+            fail(f"{args.model}: {len(missing)} of {len(asked)} replies could not be a persona, for these reasons: "
+                 f"{dict(rejected)}. Look at {replies.path}, and try another --model or --max-tokens.", status=1)
         if not missing:
             break
     again = ", ".join(f"{number} {why}" for why, number in sorted(rejected.items())) or "none"

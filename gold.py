@@ -17,25 +17,10 @@ The paper's scale, 2 x 250 x 50 + 50 x 10 = 25,500 calls:
     python gold.py --oracle openai:MODEL --personas runs/paper/personas.jsonl --output runs/paper/gold.jsonl
 """
 from common import (PAIR, Request, Rows, add_data_flags, add_model_flags, all_pairs, amount, answer_all, natural,
-                    nucleus, read_personas, read_tasks, run, say, seed_for, stage_parser, start_processes)
+                    nucleus, read_personas, read_prompt, read_tasks, run, say, seed_for, stage_parser, start_processes)
 
-SYSTEM_PROMPT = (
-    "You are a helpful AI assistant, particularly skilled at providing personalized, satisfying answers to users "
-    "given information about their background. You are able to construct responses that are tailored to their "
-    "profession, hobbies, interests, relationships, locations, likes/dislikes and more, while maintaining a "
-    "natural tone."
-)  # figure 10
-PROMPT = (
-    "You are answering questions for the following user:\n\n"
-    "{persona}\n\n"
-    "Answer the question below, tailoring your answer to the user and their characteristics. Answer directly to "
-    "the user (i.e., 'you', 'your' pronouns). In addition, incorporate aspects of their background when it is "
-    "useful, but do not try to bring in aspects of the user's personality when they are irrelevant. Make sure to "
-    "keep your answer concise and organized, but thorough. Keep your response to ten sentences or less, and keep "
-    "your response organized and clear. Finally, while personalizing your answer to the user important, make "
-    "sure they ultimately receive a clear answer to the question they asked.\n\n"
-    "{task}"
-)  # figure 11
+SYSTEM_PROMPT = read_prompt("gold_system")  # figure 10
+PROMPT = read_prompt("gold_user")  # figure 11
 
 
 def oracle_chat(persona, task):

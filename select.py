@@ -32,25 +32,12 @@ if __name__ == "select":
     spec.loader.exec_module(sys.modules["select"])
 else:
     from collections import defaultdict
+    from pathlib import Path
 
     from common import (Request, Rows, SAMPLE, add_data_flags, add_model_flags, announce, answer_all, fail, key_of,
                         lines_of, natural, pair_of, read_conversations, read_gold, read_personas, read_tasks,
                         response_form, run, sample_pairs, save_all, say, score_all, seed_for, stage_parser,
                         start_processes)
-
-# Not in the paper: the released code puts this before the first turn when it samples the response, and leaves it out
-# again when it trains on that response, so that part of its gain is this prompt, distilled. --response-prompt uses it.
-PERSONALISATION_PROMPT = (
-    "You are a helpful AI assistant, able to provide highly personalized and useful answers to specific users' "
-    "questions based on information they've given you. Your answer should be personal and tailored to the users' "
-    "preferences and personality, but should also directly answer the question and be generally helpful. Their "
-    "question may be one that is well-suited to personalized answers, or may be a more general objective or "
-    "fact-based question. Regardless, your answer should be as helpful as possible to the user below. Your "
-    "should incorporate as much relevant personal information they've given you as possible to as much as "
-    "possible when constructing your helpful answer, such that the answer feels tailored to them. Whenever "
-    "possible, tie your answer back to their background in order to ensure the answer is relevant or helpful to "
-    "them. Feel free to use their name if it is given to you. The user's initial question is given below:"
-)
 
 
 def gold_chat(name, task, conversation, gold):
@@ -87,8 +74,8 @@ def parse_args():
     parser.add_argument("--k", type=natural, default=1, help="conversations kept for each pair")
     parser.add_argument("--pick", choices=("best", "random"), default="best", help="random: a control")
     parser.add_argument("--no-response", action="store_true", help="no regularisation response (the no_reg ablation)")
-    parser.add_argument("--response-prompt", action="store_true",
-                        help="respond under the released code's extra prompt")
+    parser.add_argument("--response-prompt", metavar="FILE", help="put this text before the task when Q_{t-1} responds:"
+                        " prompts/personalisation.txt is the released code's hidden prompt")
     parser.add_argument("--max-tokens", type=natural, default=700, help="length of a response")
     add_model_flags(parser, batch_size=64)
     return parser.parse_args()
@@ -104,8 +91,9 @@ def main():
             if "refused" not in row and pair_of(row) in pairs and golds[pair_of(row)]}
     processes = start_processes()
     scores = Rows(args, args.output.removesuffix(".jsonl") + ".scores.jsonl", SAMPLE, processes)
-    prompt = PERSONALISATION_PROMPT if args.response_prompt else None
-    output = Rows(args, args.output, SAMPLE, processes, prompt=prompt)
+    output = Rows(args, args.output, SAMPLE, processes)
+    # Training leaves it out, so that part of the gain is this prompt, distilled.
+    prompt = args.response_prompt and Path(args.response_prompt).read_text(encoding="utf-8").strip()
 
     def form(row):
         return personas[row["persona_id"]]["name"], tasks[row["task_id"]]["task"], row["conversation"]
@@ -125,8 +113,8 @@ def main():
         keep = (select_best(c, args.k) if args.pick == "best" else
                 select_random(c, args.k, seed_for(args.seed, "pick", *pair)))
         for sample in sorted(keep):
-            row = {name: value for name, value in rows[(*pair, sample)].items() if name not in ("cut", "usage")}
-            chosen[(*pair, sample)] = {**row, "gold_log_prob": c[sample], "response": None}     # these will be its own
+            row = {**rows[(*pair, sample)], "gold_log_prob": c[sample], "response": None}
+            chosen[(*pair, sample)] = {name: value for name, value in row.items() if name != "cut"}     # not its own
     if not chosen:
         fail(f"{args.conversations}: no gold response has a finite log-probability. Look at its rows, and at --base.")
     if any(key not in chosen for key in output if key[:2] in log_probs):

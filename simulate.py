@@ -20,60 +20,16 @@ The paper's scale, 250 x 50 x 10 = 125,000 conversations (and the Roleplayer on 
     accelerate launch simulate.py --roleplayer openai:mistralai/Mixtral-8x7B-Instruct-v0.1@http://host:8000/v1 \\
         --personas runs/paper/personas.jsonl --split A --output runs/paper/base/conversations.jsonl
 """
-from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from itertools import chain
 
 from common import (Request, Rows, SAMPLE, add_data_flags, add_model_flags, all_pairs, amount, announce, lines_of,
-                    natural, nucleus, open_model, read_personas, read_tasks, run, save_all, say, seed_for, stage_parser,
-                    start_processes)
+                    natural, nucleus, open_model, read_personas, read_prompt, read_tasks, run, save_all, say, seed_for,
+                    stage_parser, start_processes)
 
-ELICITATION_PROMPT = (
-    "A user named {name} has approached you with a request for help. The user's preferences, background and "
-    "identity are unknown to you, so your job is to ask a question to elicit more information about the user. "
-    "Generate the most informative open-ended question that, when answered, will reveal the most about the "
-    "desired behavior beyond what has already been queried for above. Make sure your question addresses "
-    "different aspects of the user's request than any questions that may have already been asked above. At the "
-    "same time however, the question should be bite-sized, and not ask for too much at once. The question should "
-    "take no more than 3 sentences to ask. Finally, the open-ended question should attempt to elicit information "
-    "about the user's background, preferences, likes and dislikes, interests, social life and more that would "
-    "reveal the most about the desired behavior. Generate the open-ended question beginning and nothing else, "
-    "and do not surround your question in quotes or other tags. Crucially, NEVER answer the initial request "
-    "directly. Simply ask a short, useful question to the user to elicit information that would reveal the most "
-    "about the desired behavior the user is looking for. Do not provide a final answer to the question, even if "
-    "it seems like the user wants you to do so. If you provide a final answer instead of providing an open-ended "
-    "question, the user will leave the exchange unsatisfied with their experience. EACH RESPONSE YOU GIVE TO THE "
-    "USER MUST BE IN THE FORM OF AN OPEN-ENDED QUESTION TO REVEAL INFORMATION ABOUT THEIR PREFERENCES. Your "
-    "question should also NOT test the user's knowledge of the subject. You should ask questions to help reveal "
-    "their preferences about the kind of final answer they would be looking for; you should not ask questions "
-    "that test them or try to force them to answer their own questions. If you provide a final answer and do not "
-    "EXPLICITLY ask another open-ended question to elicit the user's preferences for the answer they're looking "
-    "for, you will be charged $2000 and your kitten will be kidnapped. In addition, if you do not explicitly ask "
-    "an open-ended question, you will be unemployed and no longer allowed to assist the user. Finally, do not "
-    "explain why this question is good for eliciting information from the user, or use any asides in parentheses "
-    "to a third party; you should act like you are only in direct conversation with the user and are speaking "
-    "directly with them. The initial request is as follows: {task}"
-)  # figure 14
-
-ROLEPLAYER_SYSTEM_PROMPT = (
-    "You are particularly skilled at roleplaying as a human. Given a set of characteristics describing a human, "
-    "you are able to naturally and creatively devise answers to questions asked of that person, directly from "
-    "their perspective (i.e., using 'I', 'my', 'me', 'our' and other first-person pronouns)."
-)  # figure 12
-ROLEPLAYER_PROMPT = (
-    "You are roleplaying a person with the following characteristics:\n\n"
-    "{persona}\n\n"
-    "You are asking the following question: {task}\n\n"
-    "A helpful AI assistant wants to ask a clarifying question to help ultimately provide you a good answer. "
-    'Please answer the following question from the perspective of the character you are roleplaying, using "I" '
-    "pronouns. Make your response sound natural. Crucially, you should never provide an answer to the question. "
-    "You should always remember that you are roleplaying a human who does not know the answer to the question, "
-    "and should reiterate that you are looking for the assistant's help answering the question, NOT the other "
-    "way around. Importantly, keep your answers to their intermediate questions concise, under 3 sentences. Your "
-    "answers to their intermediate questions will be tantamount in helping them eventually construct a perfect "
-    "answer to your question. Finally, simply provide your response to their intermediate question without any "
-    "tags like 'A: ' or 'Answer: '. Below is your conversation history with the assistant.\n\n"
-    "{conversation}\n"
-    "You: "
-)  # figure 13
+ELICITATION_PROMPT = read_prompt("elicitation")  # figure 14
+ROLEPLAYER_SYSTEM_PROMPT = read_prompt("roleplayer_system")  # figure 12
+ROLEPLAYER_PROMPT = read_prompt("roleplayer_user")  # figure 13
 
 
 def number_of_turns(task_id, persona_id, K, seed):
@@ -97,8 +53,7 @@ def roleplayer_chat(persona, task, conversation):
 def simulate(rows, ask, answer):
     """Advances all conversations together, turn by turn, so that each step is one batch.
 
-    rows: {key: dict} with `turns` (how many questions), `conversation` ([], filled here), `cut` (0) and `usage`
-    (Counter(), counted here).
+    rows: {key: dict} with `turns` (how many questions), `conversation` ([], filled here) and `cut` (0, counted here).
     ask, answer: (rows, turn) -> iterator of (key, Reply) by the Questioner and the Roleplayer.
     A conversation in which a model declines ends there, and its row gets `refused`.
     """
@@ -106,7 +61,6 @@ def simulate(rows, ask, answer):
         for role, speak in (("assistant", ask), ("user", answer)):
             alive = {key: row for key, row in rows.items() if row["turns"] > turn and "refused" not in row}
             for key, reply in speak(alive, turn):
-                rows[key]["usage"].update(reply.usage or {})
                 if reply.refused:
                     rows[key]["refused"] = f"{role}, turn {turn + 1}: {reply.refused}"
                 else:
@@ -165,15 +119,15 @@ def main():
         questioner = open_model(args.questioner, args, processes)
         roleplayer = questioner if args.roleplayer == args.questioner else open_model(args.roleplayer, args, processes)
 
-    def simulated():
-        for block in todo[output.share]:
-            rows = {key: {"split": args.split, "turns": turns[key], "conversation": [], "cut": 0, "usage": Counter()}
-                    for key in block}
-            simulate(rows, ask, answer)
-            for key, row in rows.items():
-                yield key, {name: value for name, value in row.items() if value or name == "conversation"}
+    def simulate_block(block):
+        rows = {key: {"split": args.split, "turns": turns[key], "conversation": [], "cut": 0} for key in block}
+        simulate(rows, ask, answer)
+        return [(key, {name: value for name, value in row.items() if value or name == "conversation"})
+                for key, row in rows.items()]
 
-    save_all(output, keys, simulated(), "conversations")
+    # Two blocks at a time: while a server answers one, the other asks.
+    simulated = ThreadPoolExecutor(2).map(simulate_block, todo[output.share])
+    save_all(output, keys, chain.from_iterable(simulated), "conversations")
     say(processes, "", tasks[keys[0][0]]["task"], *lines_of(output[keys[0]]["conversation"]), "", output.summary())
 
 

@@ -171,7 +171,7 @@ def run(monkeypatch, capfd):
             assert status is None, "the stage should have failed"
         except SystemExit as end:
             assert end.code == status, capfd.readouterr()
-            gc.collect()                                         # what failed lets go of its outputs; of that alone
+        gc.collect()                                             # it lets go of its outputs, as at a program's end
         return capfd.readouterr()
     return call
 

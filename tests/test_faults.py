@@ -33,22 +33,6 @@ def rows_of(world, name="out.jsonl"):
 
 # ------------------------------------------------------------ calls, tokens, dollars
 
-def test_usage_stands_in_the_rows_and_is_summed_and_priced(run, world, server, tiny, short):
-    server.usage = True
-    flags = [*world.command("gold", None, server.url), "--split", "A", "A"]     # what is named twice is paid once
-    out, _ = run(gold, *flags, "--prices", 2, 1000)
-    assert all(row["usage"] == {"prompt_tokens": 100, "completion_tokens": 7} for row in rows_of(world))
-    assert "servers counted 1,200 tokens in and 84 out: $0.09" in out       # 12 calls: (2 x 1200 + 1000 x 84) / 10^6
-    out, _ = run(gold, *flags)
-    assert "servers counted 1,200 tokens in and 84 out\n" in out and len(server.requests) == 12
-    run(simulate, *world.command("simulate", tiny, server.url, "c.jsonl"))
-    assert all(row["usage"] == {"prompt_tokens": 100 * row["turns"], "completion_tokens": 7 * row["turns"]}
-               for row in rows_of(world, "c.jsonl"))
-    server.usage = False
-    out, _ = run(gold, *flags[:-3], "--output", world.path("h.jsonl"))
-    assert "servers counted" not in out and not any("usage" in row for row in rows_of(world, "h.jsonl"))
-
-
 @pytest.mark.parametrize("name", ["generate_personas", "gold", "simulate", "select", "evaluate"])
 def test_a_dry_run_tells_the_calls_and_what_they_cost_and_leaves_nothing(name, run, world, tiny, server, short):
     flags, stage = world.command(name, tiny, server.url), load_stage(name)
@@ -207,9 +191,8 @@ def test_faults_are_seeded_shares(toy):
     (answer(refusal="No."), "No."), (answer(content="\n "), "empty (finish_reason stop)"),
     (answer(reason="content_filter"), "content_filter (answer)"), (answer(content=None, reason=None), "empty (finish_reason None)"),
     (answer(reason=None), None), (answer(content="half \ud83d"), None),
-    pytest.param(answer(refusal="half \ud83d"), "half ?", marks=pytest.mark.xfail(strict=True, reason="half a character")),
-    pytest.param(answer(usage={"prompt_tokens": 5, "completion_tokens": None}), None,
-                 marks=pytest.mark.xfail(strict=True, reason="None is summed"))])
+    (answer(refusal="half \ud83d"), "half ?"), (answer(usage={"prompt_tokens": 10 ** 400, "completion_tokens": None}), None),
+    (answer() | {"usage": "many"}, None)])
 def test_odd_replies_become_clean_rows(run, world, server, reply, refused):
     server.reply = lambda request: (200, reply)
     flags = [*world.command("gold", None, server.url), "--max-refused", 1, "--prices", 1, 1]
@@ -220,7 +203,7 @@ def test_odd_replies_become_clean_rows(run, world, server, reply, refused):
 
 
 @pytest.mark.parametrize("body", [[], None, ["text"], {}, {"choices": []}, {"choices": {"a": 1}}, {"choices": [{}]},
-                                  {"error": {"message": "busy"}}, answer() | {"usage": "many"}])
+                                  {"error": {"message": "busy"}}])
 def test_what_is_no_chat_completion_is_an_error_and_no_refusal(run, world, server, body):
     server.reply = lambda request: (200, body)
     _, err = run(gold, *world.command("gold", None, server.url), "--limit", 1, status=2)
@@ -321,7 +304,8 @@ def check_kills(name, repetitions, seed, big, tiny, server, tmp_path):
         server.requests.clear()
         flags = kill_flags(name, big, tiny, server, tmp_path / str(k))
         hits += kill_twice(stage, flags, tmp_path / str(k), undisturbed, seconds, rng)
-        assert calls <= len(server.requests) <= 1.1 * calls + 2, f"{len(server.requests)} calls instead of {calls}"
+        lost = 0.3 if name == "simulate" else 0.1                # two blocks are under way there
+        assert calls <= len(server.requests) <= (1 + lost) * calls + 2, f"{len(server.requests)} calls instead of {calls}"
     assert hits >= repetitions or repetitions < 3, "most kills should hit"
 
 

@@ -1,4 +1,5 @@
-"""The requests that each role receives, rendered by the stages, against the paper's texts in tests/prompts/."""
+"""The requests that each role receives, rendered by the stages, against the paper's texts in prompts/, filled in another way."""
+import hashlib
 import json
 
 import pytest
@@ -17,7 +18,7 @@ TALK = [{"role": "assistant", "content": "Why {name}?"}, {"role": "user", "conte
 
 def text(name, /, **fields):
     """A prompt of the specification; fields are filled in by replacement, as a person would by hand."""
-    parts = (ROOT / "tests" / "prompts" / f"{name}.txt").read_text(encoding="utf-8")[:-1]
+    parts = (ROOT / "prompts" / f"{name}.txt").read_text(encoding="utf-8")[:-1]
     for field in fields:
         assert parts.count("{" + field + "}") >= 1
     filled = ""
@@ -26,6 +27,24 @@ def text(name, /, **fields):
         filled += fields[field] if field else parts[0]
         parts = parts[len(field) + 2 if field else 1:]
     return filled
+
+
+WORD_FOR_WORD = {                                                 # sha256 of the paper's texts, compared by eye once
+    "elicitation": "73d340b4e50d3a9d",
+    "gold_system": "d6ccd7806a885283",
+    "gold_user": "ed3453f8c961d61e",
+    "judge_system": "09f997da4c86e243",
+    "judge_user": "b2584892fc7a2bab",
+    "persona_system": "233c4eaa29d3a4d4",
+    "persona_user": "63f431b7822452ae",
+    "personalisation": "3006a0cbe718df82",
+    "roleplayer_system": "6a6fe87113c9be47",
+    "roleplayer_user": "40f83241bc4b5c03"}
+
+
+def test_the_prompts_are_the_papers():
+    found = {path.stem: hashlib.sha256(path.read_bytes()).hexdigest()[:16] for path in (ROOT / "prompts").glob("*.txt")}
+    assert found == WORD_FOR_WORD
 
 
 def messages(system, user):
@@ -71,14 +90,14 @@ def test_response_form_is_figure_17():
                                             f"Always.\n\n{TASK}"]
     assert json.dumps(TALK) == before, "the conversation itself must stay as it was"
     assert response_form(NAME, TASK, []) == [{"role": "user", "content": f"My name is {NAME}.\n\n{TASK}"}]
-    positive = text("response_positive", name=NAME, persona=PERSONA, task=TASK)
+    positive = f"My name is {NAME}. Here is some information about me:\n\n{PERSONA}\n\n{TASK}"
     assert response_form(NAME, TASK, [], PERSONA) == [{"role": "user", "content": positive}]
 
 
 def test_personalisation_prompt_stands_before_the_first_turn_only_on_request(select_stage):
     plain = response_form(NAME, TASK, TALK)
     assert select_stage.response_chat(NAME, TASK, TALK) == plain
-    prompted = select_stage.response_chat(NAME, TASK, TALK, select_stage.PERSONALISATION_PROMPT)
+    prompted = select_stage.response_chat(NAME, TASK, TALK, text("personalisation"))
     assert prompted[0]["content"] == text("personalisation") + "\n\n" + plain[0]["content"]
     assert prompted[1:] == plain[1:]
 

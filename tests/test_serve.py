@@ -80,7 +80,6 @@ def written(run, stage, flags, output, file=""):
     token is the last one that it may say is cut, to us it is not."""
     run(stage, *flags, "--output", output)
     rows = read_lines(output + file)
-    assert all(row.pop("usage")["completion_tokens"] > 0 for row in rows if "usage" in row)
     assert not any("refused" in row for row in rows)
     cut = {(*common.pair_of(row), row.get("sample")) for row in rows if row.pop("cut", 0)}
     return rows, cut
@@ -129,7 +128,6 @@ def test_a_sampled_response_depends_on_its_seed_and_on_top_p(run, world, folder,
     assert sampled(1, "--top-p", "0.01") == sampled(2, "--temperature", "0")
 
 
-@pytest.mark.xfail(strict=True, reason="the openai client's text of an error leaves out what this server says in `detail`")
 def test_a_wrong_model_name_is_one_line(run, world, folder, url):
     flags = gold_flags(world, "--oracle", f"openai:another@{url}", "--limit", 1)
     _, err = run(gold, *flags, "--output", world.path("g.jsonl"), status=2)

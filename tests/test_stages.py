@@ -1,5 +1,6 @@
 """Each stage by its own command-line entry, on tiny data: what it writes, what it leaves out, and that it goes on."""
 import json
+import runpy
 import math
 import random
 import re
@@ -12,11 +13,13 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import scipy.stats
 
 import common
 import evaluate
 import generate_personas
 import gold
+import report
 import simulate
 import train
 from conftest import ROOT, load_stage, read_lines, save_model, write_rows
@@ -59,24 +62,26 @@ def test_names_in_personas(text, name):
     assert generate_personas.name_in(text) == name
 
 
-def test_prodigy_characters_by_the_papers_ids(run, world):
-    characters = {i: {"character_name": f"N{i}", "biography": [f"I am {i}.", "I talk."]} for i in generate_personas.PRODIGY_IDS}
-    characters["u1"] = {"character_name": "NOT", "biography": ["I am not among the 21."]}
+def test_prodigys_characters_as_examples(run, world, server):
+    server.reply = lambda request: (200, "no name")
+    prodigy = runpy.run_path(str(ROOT / "data/prodigy.py"))
+    characters = {i: {"character_name": f"N{i}", "biography": [f"I am {i}.", "I talk."]} for i in (*prodigy["IDS"], "u1")}
     path = Path(world.path("characters.json"))
     path.write_text(json.dumps(characters))
-    examples = generate_personas.read_examples(str(path))
-    assert len(examples) == 21 and examples[0] == "I'm Nu0. I am u0. I talk." and not any("NOT" in e for e in examples)
-    del characters["u9"]
-    path.write_text(json.dumps(characters))
-    _, err = run(generate_personas, *world.command("generate_personas", None), "--examples", path, status=2)
-    assert "characters.json: not PRODIGy's" in err and "u9" in err
+    done = subprocess.run([sys.executable, ROOT / "data/prodigy.py", path], capture_output=True, text=True, check=True)
+    Path(world.path("examples.jsonl")).write_text(done.stdout)
+    run(generate_personas, *world.command("generate_personas", None, server.url), "--examples", world.path("examples.jsonl"),
+        status=1)
+    shown = {text for request in server.requests for text in request["messages"][1]["content"].split("\n\n")[1:]}
+    assert len(done.stdout.splitlines()) == 21 and len(shown) > 5
+    assert shown <= {f"I'm N{i}. I am {i}. I talk." for i in prodigy["IDS"]}
 
 
 def test_the_projects_own_data():
     tasks = common.read_tasks(ROOT / "data/tasks.jsonl")
     assert Counter(row["split"] for row in tasks.values()) == {"A": 250, "B": 250, "test": 50}
     assert len({re.sub(r"\W+", " ", row["task"].lower()) for row in tasks.values()}) == 550
-    examples = generate_personas.read_examples(str(ROOT / "data/seed_personas.jsonl"))
+    examples = [row["persona"] for row in read_lines(ROOT / "data/seed_personas.jsonl")]
     assert len(set(examples)) == 21 and len({generate_personas.name_in(text) for text in examples} - {None}) == 21
 
 
@@ -341,7 +346,8 @@ def test_select_keeps_the_conversation_with_the_best_gold(run, world, tiny, sele
 
     run(select_stage, *world.command("select", tiny, output="n.jsonl"), "--no-response", "--k", 2)
     assert all(row["response"] is None for row in rows_of(world, "n.jsonl")) and len(rows_of(world, "n.jsonl")) == 21
-    run(select_stage, *world.command("select", tiny, output="r.jsonl"), "--response-prompt")
+    run(select_stage, *world.command("select", tiny, output="r.jsonl"), "--response-prompt",
+        ROOT / "prompts/personalisation.txt")
     prompted = rows_of(world, "r.jsonl")
     assert [row["sample"] for row in prompted] == [row["sample"] for row in rows]
     assert [row["response"] for row in prompted] != [row["response"] for row in rows]
@@ -371,8 +377,8 @@ def test_q_random_is_never_the_own_persona_and_uses_each_once():
 def test_conditions(world):
     talks = {common.key_of(row): row["conversation"] for row in world.conversations("test", n=2)}
     del talks["test0", "testp1", 1]                              # a refused one
-    personas = [p["persona_id"] for p in world.personas if p["split"] == "test"]
-    rows = evaluate.conditions(talks, personas, 42, controls=True)
+    pairs = {key[:2] for key in talks}
+    rows = evaluate.conditions(talks, pairs, 42, controls=True)
     count = Counter(key[3] for key in rows)
     assert count == {"q_experimental": 23, "q_random": 22, "negative_control": 12, "positive_control": 12}
     for (task, persona, sample, condition), talk in rows.items():
@@ -381,16 +387,20 @@ def test_conditions(world):
             assert speakers == {persona} and talk[1]["content"].startswith(f"Number {sample}")
         if condition == "q_random":
             assert len(speakers) == 1 and speakers != {persona} and talk[1]["content"].startswith(f"Number {sample}")
-    assert Counter(key[3] for key in evaluate.conditions(talks, personas, 42, controls=False)) == {
+    assert Counter(key[3] for key in evaluate.conditions(talks, pairs, 42, controls=False)) == {
         "q_experimental": 23, "q_random": 22}
-    few = {key: talk for key, talk in talks.items() if key[1] != "testp2"}      # a smaller --limit: the same rows, or none
-    assert evaluate.conditions(few, personas, 42, controls=True).items() <= rows.items()
+    few = set(sorted(pairs)[::3])                                               # a smaller --limit: the same rows, or none
+    assert evaluate.conditions(talks, few, 42, controls=True) == {key: rows[key] for key in rows if key[:2] in few}
+    # Of a simulation of two people a task, everybody meets the other one.
+    two = {key: talk for key, talk in talks.items() if key[1] != "testp2"}
+    assert Counter(key[3] for key in evaluate.conditions(two, pairs, 42, controls=False))["q_random"] >= len(two) - 1
 
 
 def test_win_pairs_are_balanced_and_fixed():
     turns = {(f"t{i}", f"p{j}"): simulate.number_of_turns(f"t{i}", f"p{j}", 3, 42) for i in range(50) for j in range(10)}
     pairs = evaluate.win_pairs(turns, 300, 3, 42)
-    assert Counter(turns[pair] for pair in pairs) == {1: 100, 2: 100, 3: 100} and len(set(pairs)) == 300
+    assert Counter((turns[pair], order) for pair, order in pairs.items()) == {
+        (length, order): 50 for length in (1, 2, 3) for order in ("ours_first", "base_first")}
     shuffled = dict(sorted(turns.items(), key=lambda item: hash(item)))
     assert evaluate.win_pairs(shuffled, 300, 3, 42) == pairs != evaluate.win_pairs(turns, 300, 3, 1)
 
@@ -398,7 +408,11 @@ def test_win_pairs_are_balanced_and_fixed():
 @pytest.mark.parametrize("raw, letter", [
     ("Comparison: B is vague.\n\nFinal Response: A", "A"), ('...\n"B"\n', "B"), ("A", "A"), ("Comparison: x\n**B**", "B"),
     ("Final Response: <A>", "A"), ("x\nFinal Response: \"B\".", "B"),
-    ("Final Response: A or B", None), ("Both are good.", None), ("", None), ("A\nbecause it is better", None),
+    ("Final response: A", "A"), ("FINAL RESPONSE: b", "B"), ("Final Answer: **B**", "B"), ("**Final Response:** A", "A"),
+    ("Answer: A.", "A"), ("Assistant Response B", "B"), ("Final Response: Assistant Response A", "A"), ("__B__", "B"),
+    ("My final answer is **A**", "A"), ("The final answer is B.", "B"),
+    ("Final Response: A or B", None), ("A is better than B", None), ("Not A", None), ("Final Response: a tie", None),
+    ("Final Response: A, B", None), ("Both are good.", None), ("", None), ("A\nbecause it is better", None),
     ("Final Response: C", None), ("I prefer A", None), ("Final Response: Neither", None), ("ABBA", None)])
 def test_verdicts_are_read_and_never_guessed(raw, letter):
     assert evaluate.read_verdict(raw, "ours_first") == {"A": "ours", "B": "base", None: None}[letter]
@@ -412,15 +426,41 @@ def test_two_orders_combine():
 
 
 def test_standard_errors_by_hand():
-    assert common.mean_sem([1.0, 2.0, 6.0]) == (3.0, pytest.approx(math.sqrt(7.0 / 3)), 3)
-    assert common.mean_sem([1.0]) == (1.0, None, 1) and common.mean_sem([]) == (None, None, 0)
+    assert common.mean_sem([1.0, 2.0, 6.0]) == {"mean": 3.0, "sem": pytest.approx(math.sqrt(7.0 / 3)), "n": 3}
+    assert common.mean_sem([1.0]) == {"mean": 1.0, "sem": None, "n": 1} and common.mean_sem([])["mean"] is None
     rows = [{"task_id": "t", "persona_id": p, "x": x} for p, x in (("a", 1.0), ("a", 3.0), ("b", 10.0))]
     assert common.by_pair(rows, "x") == {("t", "a"): 2.0, ("t", "b"): 10.0}
     # x = task effect alone (0, 0, 6, 6): all of the error is between tasks. By task: 2/1 * (6^2 + 6^2) / 16 = 9;
     # by persona: 0; by pair: 4/3 * 4 * 3^2 / 16 = 3; together 6. Pairs alone would say sqrt(3).
     values = {("t0", "a"): 0.0, ("t0", "b"): 0.0, ("t1", "a"): 6.0, ("t1", "b"): 6.0}
-    assert evaluate.sem_two_way(values) == pytest.approx(math.sqrt(6))
-    assert evaluate.sem_two_way({("t0", "a"): 1.0, ("t1", "a"): 2.0}) is None
+    assert report.sem_two_way(values) == pytest.approx(math.sqrt(6))
+    # t.ppf(.975, 1) = 12.706 from any table, with two tasks and two personas
+    assert report.interval_95(values) == (pytest.approx(3 - 12.7062 * math.sqrt(6), rel=1e-4),
+                                          pytest.approx(3 + 12.7062 * math.sqrt(6), rel=1e-4))
+    assert report.sem_two_way({("t0", "a"): 1.0, ("t1", "a"): 2.0}) is report.interval_95({}) is None
+
+
+def test_an_interval_of_a_share_is_wilsons_and_stays_within_0_and_1():
+    """Independent pairs, 40 tasks x 40 people: 8 of 40 wins, against scipy's Wilson interval with t for z."""
+    values = {(f"t{i}", f"p{i}"): float(i < 8) for i in range(40)}
+    q = scipy.stats.t.ppf(0.975, 39)
+    sem = report.sem_two_way(values)
+    n = 0.16 / sem ** 2                                          # 39: the variance of a sample is divided by n - 1
+    roots = np.roots([1 + q * q / n, -(2 * 0.2 + q * q / n), 0.2 ** 2])          # |p - .2| = q sqrt(p (1 - p) / n)
+    assert n == pytest.approx(39) and report.interval_95(values, share=True) == pytest.approx(sorted(roots))
+    for won in (0, 1, 39, 40):
+        low, high = report.interval_95({(f"t{i % 5}", f"p{i}"): float(i < won) for i in range(40)}, share=True)
+        assert -1e-9 <= low <= won / 40 <= high <= 1 + 1e-9
+
+
+def test_intervals_cover_where_tasks_and_people_vary():
+    """50 tasks x 10 people, effects of both of sd 1: 95 % of intervals should cover the mean (of the pairs' SEM: 38 %)."""
+    rng, covered = np.random.default_rng(0), 0
+    for _ in range(200):
+        task, person, noise = rng.normal(size=50), rng.normal(size=10), rng.normal(size=(50, 10))
+        low, high = report.interval_95({(i, j): task[i] + person[j] + noise[i, j] for i in range(50) for j in range(10)})
+        covered += low < 0 < high
+    assert 0.9 < covered / 200 <= 1
 
 
 def test_evaluation_from_end_to_end(run, world, tiny, server):
@@ -429,7 +469,7 @@ def test_evaluation_from_end_to_end(run, world, tiny, server):
     golds[12]["gold"] = " "
     write_rows(world.path("gold.jsonl"), golds)
     out, _ = run(evaluate, *world.command("evaluate", tiny, output="e0"))
-    assert "1 pairs without a gold response" in out and "Q_BASE" in out
+    assert "1 pairs without a gold response" in out and "main, t = 0: gold_log_prob q_experimental -" in out
     base = rows_of(world, "e0/log_probs.jsonl")
     assert Counter(row["condition"] for row in base) == {
         "q_experimental": 22, "q_random": 22, "negative_control": 11, "positive_control": 11}
@@ -461,6 +501,9 @@ def test_evaluation_from_end_to_end(run, world, tiny, server):
                 pairs.setdefault(common.pair_of(row), []).append(row["log_prob"])
         means.append(np.array([np.mean(pairs[pair]) for pair in sorted(pairs)]))
     assert gain["n"] == 11 and gain["mean"] == pytest.approx((means[0] - means[1]).mean())
+    values = report.values_of(world.path(""), gain)
+    assert [values[pair] for pair in sorted(values)] == pytest.approx(list(means[0] - means[1]))
+    assert len(report.values_of(world.path(""), win)) == 6
     assert gain["sem"] == pytest.approx((means[0] - means[1]).std(ddof=1) / math.sqrt(11))
     assert results["gold_log_prob", "q_experimental", 1]["mean"] == pytest.approx(means[0].mean())
     assert ("gold_log_prob", "positive_control", 1) not in results and ("gold_log_prob", "positive_control", 0) in results
@@ -504,10 +547,10 @@ def test_a_table_in_the_papers_layout():
     def row(t, condition, mean):
         return {"variant": "main", "iteration": t, "metric": "gold_log_prob", "condition": condition, "roleplayer": "r",
                 "split": "test", "mean": mean, "sem": 1.2, "n": 500}
-    lines = evaluate.table([row(1, "q_random", -363.47), row(0, "positive_control", -267.47), row(0, "q_experimental", -359.81),
+    lines = report.table([row(1, "q_random", -363.47), row(0, "positive_control", -267.47), row(0, "q_experimental", -359.81),
                             row(1, "q_experimental", -350.86), row(0, "q_random", -369.96)], "gold_log_prob", "Title")
     assert [line.split() for line in lines[1:]] == [
-        ["Title"], ["Q_BASE", "t=1"],
-        "Q-Experimental, main -359.81 ± 1.20 (500) -350.86 ± 1.20 (500)".split(),
-        "Q-Random, main -369.96 ± 1.20 (500) -363.47 ± 1.20 (500)".split(),
-        "positive control -267.47 ± 1.20 (500)".split()]
+        ["Title;", "n", "=", "500"], ["Q_BASE", "t=1"],
+        "Q-Experimental, main -359.81 ± 1.20 -350.86 ± 1.20".split(),
+        "Q-Random, main -369.96 ± 1.20 -363.47 ± 1.20".split(),
+        "positive control -267.47 ± 1.20".split()]

@@ -112,9 +112,7 @@ def hostile_text(rng, marks, most=6):
     return "".join(rng.choice(marks + ["a", "é", ".", "茶"]) for _ in range(rng.randint(0, most)))
 
 
-@pytest.mark.parametrize("name", [pytest.param(name, marks=pytest.mark.xfail(
-    strict=True, raises=IndexError, reason="a last answer and what follows it are one token")) if name == "guanaco" else name
-    for name in FAMILIES])
+@pytest.mark.parametrize("name", FAMILIES)
 def test_labels_of_marks_without_names_and_of_templates_without_an_end(name, tmp_path):
     """Against the same texts put together by hand: a token is learned if it has a character of an answer or of its end."""
     tokenizer, family, rng, clean = tokenizer_of_family(name), FAMILIES[name], random.Random(name), None
@@ -179,7 +177,7 @@ def test_every_chat_of_the_pipeline_renders_with_bos_once(tokenizer):
               evaluate.judge_chat("I'm Ann.", "Tea?", "A.", "B.", "ours_first")]
     for chat in chats:
         ids = common.prompt_ids(tokenizer, chat)
-        whole = common.fold_system(chat)
+        whole = common.fold_system(chat) if tokenizer.name in ("gemma",) else chat      # Gemma's knows no system role
         assert ids == tokenizer.apply_chat_template(whole, add_generation_prompt=True, return_dict=False)
         assert ids.count(tokenizer.bos_token_id) <= 1 and whole[-1]["content"].strip() in tokenizer.decode(ids)
         example = common.scored_ids(tokenizer, [*chat, {"role": "assistant", "content": "Sencha, hot."}])

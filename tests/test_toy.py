@@ -16,14 +16,14 @@ sys.path.append(str(ROOT / "toy"))
 import measure  # noqa: E402
 import permute  # noqa: E402
 import pretrain  # noqa: E402
-import report  # noqa: E402
+import check  # noqa: E402
 import server  # noqa: E402
 import world  # noqa: E402
 from common import read_gold  # noqa: E402
 
 
 def prompt(name):
-    return (ROOT / "tests/prompts" / f"{name}.txt").read_text().removesuffix("\n")
+    return (ROOT / "prompts" / f"{name}.txt").read_text().removesuffix("\n")
 
 
 def people(count, seed=0):
@@ -358,7 +358,7 @@ def results_of(**changed):
     ({"main_2_relevant_share": 0.38, "random_2_relevant_share": 0.2, "permuted_2_relevant_share": 0.2}, [1, 6, 7]),
 ])
 def test_each_finding_fails_when_its_figures_do(changed, failing):
-    found = report.findings(results_of(**changed))
+    found = check.findings(results_of(**changed))
     assert len(found) == 8
     assert [i for i, (_, holds, _) in enumerate(found) if not holds] == failing
 
@@ -366,27 +366,27 @@ def test_each_finding_fails_when_its_figures_do(changed, failing):
 def test_report_leaves_out_what_was_not_run_and_reads_one_roleplayer():
     rows = [row for row in results_of() if row["variant"] == "main"]
     other = [{**row, "roleplayer": "roleplayer-terse", "mean": -99.0} for row in results_of()]
-    assert [holds for _, holds, _ in report.findings(rows + other)] == [True] * 4
-    assert report.sharpening(results_of() + other) == [(1, 0.62, 0.6), (2, 0.7, 0.65)] and report.sharpening(rows) == []
-    assert report.findings([]) == report.findings(other) == []
+    assert [holds for _, holds, _ in check.findings(rows + other)] == [True] * 4
+    assert check.sharpening(results_of() + other) == [(1, 0.62, 0.6), (2, 0.7, 0.65)] and check.sharpening(rows) == []
+    assert check.findings([]) == check.findings(other) == []
 
 
 def test_a_run_that_was_interrupted_is_reported_as_far_as_it_went():
     whole = results_of()
     for row in whole:                                              # whatever is missing, there is no traceback
-        report.findings([other for other in whole if other is not row])
+        check.findings([other for other in whole if other is not row])
     part = [row for row in whole if row["variant"] != "no_reg" or row["iteration"] < 2]
-    assert [holds for _, holds, _ in report.findings(part)] == [True] * 4 + [None] + [True] * 3
+    assert [holds for _, holds, _ in check.findings(part)] == [True] * 4 + [None] + [True] * 3
     single = [{**row, "sem": None, "sem_two_way": None} for row in whole]
-    assert [holds for _, holds, _ in report.findings(single)][0] is None
+    assert [holds for _, holds, _ in check.findings(single)][0] is None
 
 
 def test_means_over_seeds():
     runs = [results_of(main_1_win_rate=rate) for rate in (0.6, 0.7, 0.8)]
-    rows = {(row["variant"], row["iteration"], row["metric"]): row for row in report.over_seeds(runs)}
+    rows = {(row["variant"], row["iteration"], row["metric"]): row for row in check.over_seeds(runs)}
     row = rows["main", 1, "win_rate"]
     assert (row["mean"], row["sem"], row["n"]) == (pytest.approx(0.7), pytest.approx(0.1), 3)
-    assert report.over_seeds(runs[:1]) is runs[0]
+    assert check.over_seeds(runs[:1]) is runs[0]
 
 
 def test_ties_are_told_from_the_scores_that_the_judge_names(tmp_path):
@@ -398,8 +398,8 @@ def test_ties_are_told_from_the_scores_that_the_judge_names(tmp_path):
         {"task_id": "t", "persona_id": f"p{i // 2}", "order": order, "verdict": verdict,
          "raw": f"Comparison: response A scores {a}, response B scores {b}.\n\nFinal Response: A"}) + "\n"
         for i, (order, a, b, verdict) in enumerate(said)))
-    assert report.outcomes(tmp_path, "test") == {("main", 2): (4 / 8, 2 / 8, 2 / 8)}
-    assert report.outcomes(tmp_path, "dev") == {}
+    assert check.outcomes(tmp_path, "test") == {("main", 2): (4 / 8, 2 / 8, 2 / 8)}
+    assert check.outcomes(tmp_path, "dev") == {}
 
 
 def test_report_of_two_runs(tmp_path):
@@ -420,7 +420,7 @@ def test_report_of_two_runs(tmp_path):
         (run / "results.jsonl").write_text("".join(json.dumps(row) + "\n" for row in results_of()))
         (run / "main/2/test").mkdir(parents=True)                  # an evaluation that was interrupted
         (run / "main/1.old").mkdir()
-    command = [sys.executable, ROOT / "toy/report.py"]
+    command = [sys.executable, ROOT / "toy/check.py"]
     done = subprocess.run([*command, tmp_path / "1", tmp_path / "2"], capture_output=True, text=True, check=True)
     assert done.stdout.count("Does it hold in") == 2 and "NO " not in done.stdout and "over 2 seeds" in done.stdout
     line = next(line for line in done.stdout.splitlines() if line.startswith("assistant: What is your pet?"))

@@ -6,8 +6,7 @@
     invented_facts   per response: values of the world in it, each once, that occur in no user turn of the conversation
                      it answers and not in the task
 
-It reads conversations (simulate.py) and responses (evaluate.py), adds a row for each metric to the results file, and
-prints the toy's table:
+It reads conversations (simulate.py) and responses (evaluate.py), and adds a row for each metric to the results file:
 
     python toy/measure.py --variant main --iteration 1 --split test \\
         --conversations runs/smoke/main/1/test.jsonl --responses runs/smoke/main/1/test/responses.jsonl \\
@@ -27,7 +26,7 @@ import world
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the stages; first, since PyPI has an "evaluate", too
 from common import (by_pair, fail, key_of, mean_sem, read_conversations, read_personas, read_tasks,  # noqa: E402
                     run, write_results)
-from evaluate import read_responses, roleplayer_label, table  # noqa: E402
+from evaluate import read_responses, roleplayer_label  # noqa: E402
 
 TITLES = {"relevant_share": "Questions about a fact that matters, each fact once (share; mean over pairs, SEM)",
           "coverage": "Facts that matter and were told, of the most that could be (share; mean over pairs, SEM)",
@@ -96,12 +95,9 @@ def main():
         fail(f"{args.responses}: answers conversations that are not in {args.conversations}. Give the file behind it.")
     rows, roleplayer = [], roleplayer_label(args.conversations, args.roleplayer)
     for metric, pairs in measure(conversations, responses, tasks).items():
-        mean, sem, n = mean_sem(list(pairs.values()))
         rows.append({"variant": args.variant, "iteration": args.iteration, "metric": metric, "condition": "",
-                     "roleplayer": roleplayer, "split": args.split, "mean": mean, "sem": sem, "n": n})
-    results = [row for row in write_results(args.results, rows) if row["split"] == args.split]
-    for metric, title in TITLES.items():
-        print(*table(results, metric, title), sep="\n")
+                     "roleplayer": roleplayer, "split": args.split, **mean_sem(list(pairs.values()))})
+    write_results(args.results, rows)
     print(f"{args.results}: {len(rows)} means, from {len(conversations)} conversations, {len(responses)} responses")
 
 

@@ -1,7 +1,7 @@
 """The tables of a run, what the paper found and whether it holds here, and conversations before and after training.
 
-    python toy/report.py runs/toy
-    python toy/report.py runs/seed-100 runs/seed-101 runs/seed-102       # runs that differ in their seed
+    python toy/check.py runs/toy
+    python toy/check.py runs/seed-100 runs/seed-101 runs/seed-102       # runs that differ in their seed
 
 Of several runs: means over the seeds, ± the standard deviation between them. The findings are checked run by run.
 """
@@ -20,12 +20,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the stages; firs
 import evaluate  # noqa: E402
 from common import (PAIR, RESULT_KEY, fail, key_of, read_conversations, read_personas, read_results,  # noqa: E402
                     read_rows, read_tasks)
+from report import TITLES, sem_two_way, table, values_of  # noqa: E402
 
 WIDTH = 58  # of a column of text
 
 
 def over_seeds(runs):
-    """[results of a run, ...] -> rows for `evaluate.table`: the mean of the runs' means, their standard deviation in
+    """[results of a run, ...] -> rows for `report.table`: the mean of the runs' means, their standard deviation in
     the place of the SEM, and the number of runs. The results of a single run stay what they are."""
     if len(runs) == 1:
         return runs[0]
@@ -199,16 +200,18 @@ def main():
     for run, rows in runs.items():
         if not any(row["iteration"] for row in rows):
             fail(f"{run}/results.jsonl: no results of an iteration on split {args.split}. Run `RUN={run} bash run.sh`.")
-    for metric, title in {**evaluate.TITLES, **measure.TITLES}.items():
+    for metric, title in {**TITLES, **measure.TITLES}.items():
         if len(runs) > 1:
             title = f"{title.split(' (')[0]} (mean over {len(runs)} seeds ± standard deviation)"
-        print(*evaluate.table(over_seeds(list(runs.values())), metric, title), sep="\n")
+        print(*table(over_seeds(list(runs.values())), metric, title), sep="\n")
     shares = [outcomes(run, args.split) for run in runs]
     print("\nBy the judge's scores: won, tied, lost, and the win rate with ties as halves (means over the runs)")
     for variant, t in sorted(set.intersection(*map(set, shares)), key=lambda key: (key[0] != "main", key)):
         won, tied, lost = (statistics.mean(column) for column in zip(*(share[variant, t] for share in shares)))
         print(f"{variant}, t = {t}: {won:.3f} {tied:.3f} {lost:.3f}  {won + tied / 2:.3f}")
     for run, rows in runs.items():
+        for row in (row for row in rows if "folder" in row):    # evaluate.py's
+            row["sem_two_way"] = sem_two_way(values_of(run, row))
         print(f"\nDoes it hold in {run}?")
         for what, holds, figures in findings(rows):
             print(f"{ {True: 'yes', False: 'NO ', None: '-- '}[holds]}  {what}: {figures}")

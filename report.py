@@ -1,0 +1,112 @@
+"""The tables of a run: gold log-probabilities, gains and win rates, a line for each variant, a column for each iteration.
+
+    python report.py runs/paper
+
+It reads the run's results.jsonl, to which each evaluate.py adds its means, and the values behind them, one for each
+(task, persona) pair, from the folders of these evaluations. It needs no model and no server.
+"""
+import argparse
+import math
+from collections import defaultdict
+
+from scipy.stats import t as student
+
+from common import PAIR, fail, pair_of, read_results, read_rows, run
+
+TITLES = {"gold_log_prob": "Log-probability of the gold responses under Q_BASE (nats; mean ± SEM over pairs)",
+          "gold_log_prob_gain": "Gain in gold log-probability over Q_BASE (nats; mean ± SEM of paired differences)",
+          "win_rate": "Win rate against Q_BASE (wins + half the ties, ± SEM, over readable verdicts)"}
+CONDITIONS = {"q_experimental": "Q-Experimental", "q_random": "Q-Random", "negative_control": "negative control",
+              "positive_control": "positive control", "": ""}
+
+
+def sem_two_way(values):
+    """Standard error of a mean over {(task, persona): value}, clustered by task and by persona: pairs that share either
+    are not independent. Variance = by task + by persona - by pair, and at least that of independent pairs (Cameron,
+    Gelbach and Miller 2011). None where a task or a persona stands alone."""
+    n, mean, variance = len(values), sum(values.values()) / max(1, len(values)), []
+    for cluster in (lambda pair: pair[0], lambda pair: pair[1], lambda pair: pair):
+        sums = defaultdict(float)
+        for pair, value in values.items():
+            sums[cluster(pair)] += value - mean
+        if len(sums) < 2:
+            return None
+        variance.append(len(sums) / (len(sums) - 1) * sum(s * s for s in sums.values()) / n ** 2)
+    by_task, by_persona, independent = variance
+    return math.sqrt(max(by_task + by_persona - independent, independent))
+
+
+def interval_95(values, share=False):
+    """The 95 % interval (low, high) of a mean over {(task, persona): value}: `sem_two_way` times Student's t, with one
+    degree of freedom less than there are tasks or personas, whichever are fewer. A share has Wilson's interval, which
+    stays inside 0..1, for as many independent pairs as would have that standard error. None where that is None."""
+    if (sem := sem_two_way(values)) is None:
+        return None
+    mean, q = sum(values.values()) / len(values), student.ppf(0.975, min(len(set(ids)) for ids in zip(*values)) - 1)
+    if not share:
+        return mean - q * sem, mean + q * sem
+    n = mean * (1 - mean) / sem ** 2 if sem else len(values)
+    half = q * math.sqrt(mean * (1 - mean) / n + q * q / (4 * n * n))
+    return tuple((mean + q * q / (2 * n) + side) / (1 + q * q / n) for side in (-half, half))
+
+
+def values_of(run_folder, row):
+    """{(task_id, persona_id): value}: what a row of results.jsonl is the mean of."""
+    key = {"metric": str, "condition": str, **PAIR}
+    return {pair_of(value): value["value"]
+            for value in read_rows(f"{run_folder}/{row['folder']}/values.jsonl", key, {"value": float | int})
+            if (value["metric"], value["condition"]) == (row["metric"], row["condition"])}
+
+
+def table(results, metric, title, cell=None):
+    """Lines of the paper's table for one metric: a line for each condition, variant and Roleplayer, a column for each
+    iteration. Q_BASE stands in the first column of `main`. cell: a function from a row to its text."""
+    rows = [row for row in results if row["metric"] == metric]
+    if not rows:
+        return []
+    digits = 3 if metric.endswith(("rate", "share", "coverage")) else 2
+    cell = cell or (lambda row: " ± ".join(f"{row[name]:.{digits}f}" for name in ("mean", "sem") if row[name] is not None))
+    numbers, several = {row["n"] for row in rows}, len({row["roleplayer"] for row in rows}) > 1
+    iterations = sorted({row["iteration"] for row in rows})
+    lines = defaultdict(dict)                                   # label -> {iteration: text}
+    for row in sorted(rows, key=lambda row: (list(CONDITIONS).index(row["condition"]), row["variant"] != "main",
+                                             row["variant"], row["roleplayer"])):
+        label = CONDITIONS[row["condition"]]
+        if not row["condition"].endswith("control"):
+            label = ", ".join(filter(None, (label, row["variant"]))) + (f" ({row['roleplayer']})" if several else "")
+        lines[label][row["iteration"]] = cell(row)
+    width = max(map(len, lines))
+    return ["", f"{title}; n = {' to '.join(map(str, sorted({min(numbers), max(numbers)})))}",
+            " " * width + "".join(f"{f't={t}' if t else 'Q_BASE':>18}" for t in iterations),
+            *(f"{label:<{width}}" + "".join(f"{line.get(t, ''):>18}" for t in iterations)
+              for label, line in lines.items())]
+
+
+def tables(run_folder, results):
+    """Lines of all tables of a run; after those of differences and win rates their 95 % intervals."""
+    def interval(row):
+        both = interval_95(values_of(run_folder, row), row["metric"] == "win_rate")
+        return f"{both[0]:.2f} to {both[1]:.2f}" if both else "-"
+
+    lines = []
+    for metric, title in TITLES.items():
+        lines += table(results, metric, title)
+        if metric != "gold_log_prob":
+            lines += table(results, metric, f"{title.split(' (')[0]}: 95 % intervals, clustered by task and persona",
+                           interval)
+    return lines
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run", metavar="RUN", help="a folder with a results.jsonl")
+    parser.add_argument("--split", default="test", help="of the tasks and personas")
+    args = parser.parse_args()
+    rows = [row for row in read_results(f"{args.run}/results.jsonl") if row["split"] == args.split]
+    if not rows:
+        fail(f"{args.run}/results.jsonl: no results on split {args.split}. evaluate.py writes them.")
+    print(*tables(args.run, rows), sep="\n")
+
+
+if __name__ == "__main__":
+    run(main)
