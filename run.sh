@@ -3,16 +3,25 @@
 #
 #   bash run.sh           three iterations and the ablations in the embedded world: two CPU cores, no key, no GPU
 #   bash run.sh smoke     every step once: one iteration, a minute
+#   bash run.sh small     a real Questioner of .5B on one card of 24 GB, 20 tasks x 10 people: docs/scale.md
 #   bash run.sh paper     the published settings: needs GPUs, servers and an API key; read the variables below first
 #
+#   DRY_RUN=1    says how many calls, trainings and gigabytes that would be, and ends
+#   ORACLE=openai:MODEL  ROLEPLAYER=openai:MODEL@URL  WRITER=  JUDGE=  OTHER_ROLEPLAYER="one another"     who plays whom
 #   RUN=folder   where the output goes            SEED=n            of all randomness
 #   SPLIT=dev    evaluate on another split        ITERATIONS=n      of expert iteration
 #   VARIANTS="main base_answers other_user no_reg gold random permuted"        which; README's "The ablations" says what
 #   LIMIT=n      a seeded sample of n (task, persona) pairs of each split: a trial before a large run
-#   BASE=folder  another Q_BASE
+#   SAMPLES=n    conversations for each pair      TEST_SAMPLES=n    the same on the split that is evaluated
+#   TASKS=file  TASKS_PER_SPLIT=n  PERSONAS=file  PERSONA_SPLITS=A=50,B=50,test=10  EXAMPLES=file      data of your own
+#   GOLD=file    gold responses of your own       TEST_GOLD=file    those of the evaluated split, if in another file
+#   BASE=folder  another Q_BASE                   GPUS=n            to work on; or LAUNCH= and LAUNCH_TRAINING=command
 #   SERVE="vllm serve"           serves each Q_t while it asks and answers: any command that takes a folder and --port
-#   SIMULATE_FLAGS, SELECT_FLAGS, TRAIN_FLAGS, EVALUATE_FLAGS     more flags for these stages
+#   PERSONA_FLAGS, GOLD_FLAGS, SIMULATE_FLAGS, SELECT_FLAGS, TRAIN_FLAGS, EVALUATE_FLAGS     more flags for these stages
 #   SERVER_FLAGS more flags for all stages that ask a server: --concurrency, --timeout, --prices, --max-refused
+#   EXTRA=JSON   more arguments of all requests but the Roleplayer's
+#   STALE=remove removes what a changed variable has made stale, and makes it anew
+#   WAIT_HOURS=n that a stage waits for a server that is away (12)
 #   FAULTS=JSON  how often the embedded world's server fails (python toy/server.py --help)
 #
 # A run that was interrupted goes on where it stopped: start it again with the same words.
@@ -23,33 +32,43 @@ MODE=${1:-toy}
 RUN=${RUN:-runs/$MODE${LIMIT:+-$LIMIT}}          # a trial has a folder of its own: a model is not prolonged
 SEED=${SEED:-42}
 SPLIT=${SPLIT:-test}
+EXTRA=${EXTRA:-"{}"}
+MODEL=() ANSWER=() TALK=() LEARN=() toy='' ask=''   # what a mode adds to the stages' flags
 
 refuse() {
     echo "run.sh: $*" >&2
     exit 2
 }
 
+# ---------------------------------------------------------------- settings
+
+for name in ITERATIONS LIMIT SAMPLES TEST_SAMPLES TASKS_PER_SPLIT GPUS WAIT_HOURS; do
+    case ${!name} in
+    [!1-9]* | *[!0-9]*) refuse "$name=${!name} is not a whole number above 0" ;;
+    esac
+done
+
 case $MODE in
 toy | smoke)                                    # the embedded world (toy/): its users, Oracle and judge answer by rule
     if [ "$MODE" = toy ]; then
         VARIANTS=${VARIANTS:-main base_answers other_user no_reg gold}
         ITERATIONS=${ITERATIONS:-3}
-        TASKS_PER_SPLIT=28
-        PERSONA_SPLITS=A=28,B=28,dev=8,test=8   # 28 tasks x 8 personas = 224 pairs to evaluate on
+        TASKS_PER_SPLIT=${TASKS_PER_SPLIT:-28}
         TRAIN_PAIRS=${LIMIT:-224}               # of 28 x 28: many personas and few epochs, or it learns by heart
-        SAMPLES=10
-        TEST_SAMPLES=4
+        SAMPLES=${SAMPLES:-10}
+        TEST_SAMPLES=${TEST_SAMPLES:-4}
         LEARN=(--lr 2e-3 --batch-size 8 --micro-batch-size 8 --epochs 3)
     else
         VARIANTS=${VARIANTS:-main no_reg}
         ITERATIONS=${ITERATIONS:-1}
-        TASKS_PER_SPLIT=8
-        PERSONA_SPLITS=A=28,B=28,dev=8,test=8
+        TASKS_PER_SPLIT=${TASKS_PER_SPLIT:-8}
         TRAIN_PAIRS=${LIMIT:-64}
-        SAMPLES=8
-        TEST_SAMPLES=8
+        SAMPLES=${SAMPLES:-8}
+        TEST_SAMPLES=${TEST_SAMPLES:-8}
         LEARN=(--lr 2e-3 --batch-size 8 --micro-batch-size 8 --epochs 8)
     fi
+    PERSONA_SPLITS=${PERSONA_SPLITS:-A=28,B=28,dev=8,test=8}     # 28 tasks x 8 personas = 224 pairs to evaluate on
+    toy=yes report=toy/check.py
     BASE=${BASE:-toy/base}
     LAUNCH=python
     LAUNCH_TRAINING=python
@@ -57,91 +76,157 @@ toy | smoke)                                    # the embedded world (toy/): its
     ANSWER=(--max-tokens 64)
     # The Questioner asks from its own distribution. At the paper's .9 and .9 it is sharper than that, and training on
     # such samples sharpens it further: then even --pick random gained 1.1 nats (NOTES.md), and was no control.
-    SIMULATE_FLAGS="--temperature 1 --top-p 1 $SIMULATE_FLAGS"
+    TALK=(--temperature 1 --top-p 1)
     SERVER_FLAGS="--concurrency 8 $SERVER_FLAGS"                # answers by rule come at once: more only wait for it
     export OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
     # glibc keeps the memory that it has: a cache grows with each token, and would be fetched from the system each time.
     export MALLOC_TRIM_THRESHOLD_=${MALLOC_TRIM_THRESHOLD_:-1000000000}
     export MALLOC_MMAP_THRESHOLD_=${MALLOC_MMAP_THRESHOLD_:-33554432}       # the largest that all versions accept
     ;;
-paper)                                          # the published run's settings are the stages' defaults
-    VARIANTS=${VARIANTS:-main base_answers no_reg gold}
-    ITERATIONS=${ITERATIONS:-3}
-    # Q_BASE: a local folder or a name on the hub. It is scored with, answers, and is trained: always Hugging Face.
-    BASE=${BASE:-mistralai/Mistral-7B-Instruct-v0.2}
-    # The Oracle writes 110 personas, 2 x 250 x 50 + 50 x 10 = 25,500 gold responses, and judges 300 pairs for each
-    # variant and iteration. The published run asked gpt-4-0613, which is no more: name a current model. Any server
-    # with OpenAI's interface will do: openai:MODEL@http://host:port/v1. Keys come from OPENAI_API_KEY.
-    ORACLE=${ORACLE:?set ORACLE to the model that plays Oracle and judge, such as openai:MODEL}
+small | paper)
+    ask=--ask report=report.py
+    if [ "$MODE" = small ]; then                # the method on one card: docs/scale.md, "A small run", says why so
+        VARIANTS=${VARIANTS:-main no_reg}
+        ITERATIONS=${ITERATIONS:-2}
+        BASE=${BASE:-Qwen/Qwen2.5-0.5B-Instruct}
+        TASKS_PER_SPLIT=${TASKS_PER_SPLIT:-20}
+        PERSONA_SPLITS=${PERSONA_SPLITS:-A=10,B=10,test=10}
+        TEST_SAMPLES=${TEST_SAMPLES:-4}
+        LAUNCH=${LAUNCH:-python}
+        ANSWER=(--max-tokens 300)
+        # 190 examples: two epochs of small batches are 48 steps; at 64 and one epoch it would be 3
+        LEARN=(--dtype float32 --batch-size 8 --micro-batch-size 2 --epochs 2)
+    else                                        # the published run's settings are the stages' defaults
+        VARIANTS=${VARIANTS:-main base_answers no_reg gold}
+        ITERATIONS=${ITERATIONS:-3}
+        # Q_BASE: a local folder or a name on the hub. It is scored with, and is trained: always Hugging Face.
+        BASE=${BASE:-mistralai/Mistral-7B-Instruct-v0.2}
+        PERSONA_SPLITS=${PERSONA_SPLITS:-A=50,B=50,test=10}
+        TEST_SAMPLES=${TEST_SAMPLES:-10}
+    fi
+    SAMPLES=${SAMPLES:-10}
+    TASKS=${TASKS:-data/tasks.jsonl}
+    [ -z "$DRY_RUN" ] || ORACLE=${ORACLE:-openai:ORACLE} ROLEPLAYER=${ROLEPLAYER:-openai:ROLEPLAYER}
+    # The Oracle writes personas and gold responses, and judges. The published run asked gpt-4-0613, which is no more:
+    # name a current model. Any server with OpenAI's interface will do: openai:MODEL@http://host:port/v1.
+    [ -n "$ORACLE" ] || refuse "set ORACLE to the model that plays Oracle and judge, such as openai:MODEL"
     WRITER=${WRITER:-$ORACLE}
     JUDGE=${JUDGE:-$ORACLE}
-    # Arguments of their requests, as JSON: the README's "Which arguments".
-    EXTRA=${EXTRA:-"{}"}
-    # The Roleplayer answers some 2 questions in each of 250 x 50 x 10 = 125,000 conversations an iteration, 250,000
-    # answers. Mixtral does not fit beside the Questioner on one card: serve it elsewhere (README).
-    ROLEPLAYER=${ROLEPLAYER:?set ROLEPLAYER, such as openai:mistralai/Mixtral-8x7B-Instruct-v0.1@http://host:8000/v1}
+    # The Roleplayer answers all questions. Mixtral does not fit beside the Questioner on one card: serve it elsewhere.
+    [ -n "$ROLEPLAYER" ] ||
+        refuse "set ROLEPLAYER, such as openai:mistralai/Mixtral-8x7B-Instruct-v0.1@http://host:8000/v1"
     OTHER_ROLEPLAYER=${OTHER_ROLEPLAYER:-mistralai/Mistral-7B-Instruct-v0.2}    # for VARIANTS=other_user
-    TASKS=${TASKS:-data/tasks.jsonl}
-    PERSONA_SPLITS=${PERSONA_SPLITS:-A=50,B=50,test=10}
-    SAMPLES=10
-    TEST_SAMPLES=10
+    TALK=(--system fold)                         # Mixtral's chat template knows no system role
     # simulate, select and evaluate keep a copy of the model on each GPU; train deals one model's weights, gradients and
-    # optimizer state to all of them. On a single GPU set both to "python", and TRAIN_FLAGS=--gradient-checkpointing.
-    LAUNCH=${LAUNCH:-accelerate launch --config_file configs/ddp.yaml}
-    LAUNCH_TRAINING=${LAUNCH_TRAINING:-accelerate launch --config_file configs/fsdp.yaml}
-    SIMULATE_FLAGS=${SIMULATE_FLAGS:---system fold}                 # Mixtral's chat template knows no system role
-    grep -q "\"split\": \"$SPLIT\"" "$TASKS" || refuse "no task of split $SPLIT in $TASKS"
+    # optimizer state to all of them.
+    if [ -z "$LAUNCH" ]; then
+        here=$(nvidia-smi -L 2> /dev/null | grep -c ^GPU) || here=0
+        GPUS=${GPUS:-$here}
+        [ -n "$DRY_RUN" ] || [ "$here" -gt 0 ] || refuse "no GPU here (nvidia-smi -L). Without one: LAUNCH=python"
+        [ -n "$DRY_RUN" ] || [ "$GPUS" -le "$here" ] || refuse "GPUS=$GPUS, but there are $here here (nvidia-smi -L)"
+        if [ "$GPUS" -gt 1 ]; then
+            LAUNCH="accelerate launch --config_file configs/ddp.yaml --num_processes $GPUS"
+            LAUNCH_TRAINING=${LAUNCH_TRAINING:-accelerate launch --config_file configs/fsdp.yaml --num_processes $GPUS}
+        fi
+    fi
+    LAUNCH=${LAUNCH:-python}
+    LAUNCH_TRAINING=${LAUNCH_TRAINING:-$LAUNCH}
     ;;
 *)
-    sed -n '2,18s/^# \{0,1\}//p' "$0" >&2
+    sed -n '2,/^# A run that/s/^# \{0,1\}//p' "$0" >&2
     exit 2
     ;;
 esac
 
-case $ITERATIONS in
-'' | *[!0-9]* | 0*) refuse "ITERATIONS=$ITERATIONS is not a whole number above 0" ;;
-esac
 for variant in $VARIANTS; do
     case $variant in
     main | no_reg | gold | random | permuted) ;;
-    base_answers | other_user)                  # they need main's models; and the tables tell users apart by name alone
-        [[ " ${VARIANTS%%"$variant"*} " = *" main "* || -d $RUN/main ]] || refuse "VARIANTS: $variant comes after main"
-        [ "$MODE" != paper ] || [ "${OTHER_ROLEPLAYER%@http*}" != "${ROLEPLAYER%@http*}" ] ||
-            refuse "OTHER_ROLEPLAYER is the same model as ROLEPLAYER" ;;
+    base_answers | other_user)                  # they need main's models
+        [[ " ${VARIANTS%%"$variant"*} " = *" main "* || -d $RUN/main ]] || refuse "VARIANTS: $variant comes after main" ;;
     *)
         refuse "no variant $variant; there are: main base_answers other_user no_reg gold random permuted" ;;
     esac
 done
+for user in $OTHER_ROLEPLAYER; do               # the tables tell users apart by name alone
+    [[ " $VARIANTS " != *" other_user "* || ${user%@http*} != "${ROLEPLAYER%@http*}" ]] ||
+        refuse "OTHER_ROLEPLAYER is the same model as ROLEPLAYER"
+done
 
-mkdir -p "$RUN"
-server='' serving='' serving_model='' SERVE_PORT=${SERVE_PORT:-8811}
-trap 'kill $server $serving 2> /dev/null || true' EXIT
-trap 'exit 130' INT TERM
-if [ "$MODE" != paper ]; then
-    rm -f "$RUN/server.url"
-    python toy/server.py --port 0 --port-file "$RUN/server.url" --end-with-parent ${FAULTS:+--faults "$FAULTS"} &
-    server=$!
-    until [ -s "$RUN/server.url" ]; do kill -0 $server; sleep 0.1; done
-    url=$(cat "$RUN/server.url")
-    python toy/world.py --output "$RUN/tasks.jsonl" --tasks-per-split $TASKS_PER_SPLIT
-
-    WRITER=openai:persona-writer@$url
-    ORACLE=openai:oracle@$url
-    ROLEPLAYER=openai:roleplayer@$url
-    OTHER_ROLEPLAYER=openai:roleplayer-terse@$url
-    JUDGE=openai:judge@$url
-    EXTRA="{}"
-    TASKS=$RUN/tasks.jsonl
+if [ -n "$LIMIT" ]; then                        # n pairs have at most n personas
+    limited=''
+    for part in ${PERSONA_SPLITS//,/ }; do
+        [ "${part#*=}" -le "$LIMIT" ] || part=${part%=*}=$LIMIT
+        limited=$limited,$part
+    done
+    PERSONA_SPLITS=${limited#,}
 fi
 
-DATA=(--tasks "$TASKS" --personas "$RUN/personas.jsonl" --seed "$SEED" ${LIMIT:+--limit "$LIMIT"})
-GOLD=(--gold "$RUN/gold.jsonl" --base "$BASE")
-SIMULATE=($LAUNCH simulate.py "${DATA[@]}" "${MODEL[@]}" "${ANSWER[@]}" $SERVER_FLAGS $SIMULATE_FLAGS)
-SELECT=($LAUNCH select.py "${DATA[@]}" "${GOLD[@]}" "${MODEL[@]}" "${ANSWER[@]}" $SERVER_FLAGS $SELECT_FLAGS)
-TRAIN=($LAUNCH_TRAINING train.py "${DATA[@]}" "${GOLD[@]}" "${MODEL[@]}" "${LEARN[@]}" $TRAIN_FLAGS)
-EVALUATE=($LAUNCH evaluate.py "${DATA[@]}" "${GOLD[@]}" "${MODEL[@]}" "${ANSWER[@]}" --split "$SPLIT"
-          --results "$RUN/results.jsonl" $SERVER_FLAGS $EVALUATE_FLAGS)
-JUDGED=(--judge "$JUDGE" --extra "$EXTRA" --baseline)       # the folder of Q_BASE's evaluation follows
+# ---------------------------------------------------------------- how a stage is run
+
+# In a first pass `stage` only notes its commands, for plan.py to check and to count; in the second it runs them.
+planning=yes n=0 total=0 what='' running='' serving='' serving_model='' SERVE_PORT=${SERVE_PORT:-8811}
+notes=$(mktemp -d)                              # the first pass writes nothing into RUN
+export AWAY_FILE=$notes/away                    # a stage leaves it beside status 75, of which accelerate makes 1
+trap 'end "$running"; end "$serving"; rm -rf "$notes"; kill $server 2> /dev/null || true' EXIT
+trap 'exit 129' HUP
+trap 'exit 130' INT
+trap 'exit 143' TERM
+
+# start FILE COMMAND ...: in a process group of its own, with which all is ended that COMMAND starts. Its number stands
+# in FILE, which COMMAND holds open, with run.sh's lock on it.
+start() {
+    set -m
+    sh -c 'echo $$ > "$0"; exec "$@"' "$@" < /dev/null 9>&- &
+    set +m
+}
+
+end() {                                         # GROUP: TERM, since torchrun ends its workers then; KILL for the deaf
+    [ -n "$1" ] && kill -TERM -- "-$1" 2> /dev/null || return 0
+    for ((i = 0; i < 400; i++)); do
+        sleep 0.1
+        kill -0 -- "-$1" 2> /dev/null || return 0
+    done
+    kill -KILL -- "-$1" 2> /dev/null || true
+}
+
+lock() {                                        # the file that is open as descriptor $1. (macOS has no flock command.)
+    python -c "import fcntl; fcntl.flock($1, fcntl.LOCK_EX | fcntl.LOCK_NB)" 2> /dev/null
+}
+
+# One run.sh at a time works in RUN. What one that was killed has left running holds a lock, and is ended.
+take_run() {
+    exec 9>> "$RUN/run.lock" 8>> "$RUN/run.stage" 7>> "$RUN/run.serve"
+    lock 9 || refuse "another run is at work in $RUN"
+    lock 8 || end "$(cat "$RUN/run.stage")"
+    lock 7 || end "$(cat "$RUN/run.serve")"
+    lock 8 && lock 7 || refuse "what an earlier run has started in $RUN is still there, perhaps on another machine"
+}
+
+# stage NAME COMMAND ...: one command of the run. A server that is away (status 75) is waited for.
+stage() {
+    n=$((n + 1))
+    if [ -n "$planning" ]; then
+        printf '%s\0' "$#" "$@" >> "$notes/commands"
+        return
+    fi
+    echo "$n/$total $1${what:+ $what}"
+    local status pause=60 waited=0
+    while true; do
+        rm -f "$AWAY_FILE"
+        start "$RUN/run.stage" "${@:2}" 7>&-
+        running=$! status=0
+        wait $running || status=$?
+        running=''
+        [ $status != 0 ] || return 0
+        [ $status = 75 ] || [ -e "$AWAY_FILE" ] || exit $status
+        [ $waited -lt $((${WAIT_HOURS:-12} * 3600)) ] || exit 75
+        echo "run.sh: a server is away; again in $pause seconds" >&2
+        start "$RUN/run.stage" sleep $pause 7>&-
+        running=$!
+        wait $running
+        waited=$((waited + pause)) pause=$((pause < 300 ? 2 * pause : 600))
+    done
+}
 
 # serve MODEL FILE: sets `served` to the string by which stages name a Questioner. With SERVE that is a server of the
 # model's folder, started in the place of the one before unless FILE, for which it is needed, is there. The server's name
@@ -150,45 +235,44 @@ serve() {
     served=$1
     [ -n "$SERVE" ] || return 0
     served=openai:$1@http://127.0.0.1:$SERVE_PORT/v1
-    [ "$1" != "$serving_model" ] && [ ! -e "$2" ] || return 0
-    if [ -n "$serving" ]; then
-        kill "$serving" 2> /dev/null || true
-        wait "$serving" 2> /dev/null || true
-    fi
+    [ -z "$planning" ] && [ "$1" != "$serving_model" ] && [ ! -e "$2" ] || return 0
+    end "$serving"
     serving='' serving_model=$1
     [ -n "$1" ] || return 0
-    $SERVE "$1" --port "$SERVE_PORT" > "$RUN/serve.log" 2>&1 &
+    start "$RUN/run.serve" $SERVE "$1" --port "$SERVE_PORT" > "$RUN/serve.log" 2>&1 8>&-
     serving=$!
     until python -c "from urllib.request import *; urlopen('http://127.0.0.1:$SERVE_PORT/v1/models', timeout=5)" 2> /dev/null
     do
-        kill -0 "$serving" 2> /dev/null || refuse "SERVE ended: see $RUN/serve.log"
+        kill -0 $serving 2> /dev/null || refuse "SERVE ended: see $RUN/serve.log"
         sleep 1
     done
 }
 
-# test_talk MODEL ROLEPLAYER FOLDER: Q_t's conversations on the test split
+# ---------------------------------------------------------------- the run
+
+# test_talk MODEL ROLEPLAYER FOLDER: Q_t's conversations on the evaluated split
 test_talk() {
     serve "$1" "$3/$SPLIT.jsonl"
-    "${SIMULATE[@]}" --questioner "$served" --roleplayer "$2" --split "$SPLIT" --samples $TEST_SAMPLES \
-        --output "$3/$SPLIT.jsonl"
+    "${SIMULATE[@]}" --questioner "$served" --roleplayer "$2" --split "$SPLIT" --samples "$TEST_SAMPLES" \
+        --output "$3/$SPLIT.jsonl" $SIMULATE_FLAGS
 }
 
-# evaluate VARIANT ITERATION MODEL CONVERSATIONS FOLDER ...: gold log-probabilities, responses, verdicts, tables
+# evaluate VARIANT ITERATION MODEL CONVERSATIONS FOLDER ...: gold log-probabilities, responses, verdicts
 evaluate() {
     serve "$3" "$5/$SPLIT/responses.jsonl"
     "${EVALUATE[@]}" --variant "$1" --iteration "$2" --questioner "$served" --conversations "$4/$SPLIT.jsonl" \
-        --output "$5/$SPLIT" "${@:6}"
-    if [ "$MODE" != paper ]; then               # only the embedded world can be asked what matters
-        python toy/measure.py --variant "$1" --iteration "$2" --split "$SPLIT" --conversations "$4/$SPLIT.jsonl" \
-            --responses "$5/$SPLIT/responses.jsonl" --tasks "$TASKS" --personas "$RUN/personas.jsonl" \
+        --output "$5/$SPLIT" "${@:6}" $EVALUATE_FLAGS
+    [ -z "$toy" ] ||                            # only the embedded world can be asked what matters
+        stage measure python toy/measure.py --variant "$1" --iteration "$2" --split "$SPLIT" --tasks "$TASKS" \
+            --conversations "$4/$SPLIT.jsonl" --responses "$5/$SPLIT/responses.jsonl" --personas "$personas" \
             --results "$RUN/results.jsonl"
-    fi
 }
 
 # expert_iteration VARIANT: Algorithm 1, lines 2 to 7, with an evaluation of each Q_t
 expert_iteration() {
     questioner=$BASE                            # Q_0 is Q_BASE
     for ((t = 1; t <= ITERATIONS; t++)); do     # line 2
+        what="$1 t=$t"
         split=A
         [ $((t % 2)) = 1 ] || split=B           # A, B, A
         here=$RUN/$1/$t
@@ -198,7 +282,7 @@ expert_iteration() {
         gold) target=gold ;;
         random) rule=(--pick random) ;;                         # controls: the selection must matter
         permuted) rule=(--gold "$RUN/permuted.jsonl")           # by golds that were written for others
-            python toy/permute.py --gold "$RUN/gold.jsonl" --seed "$SEED" --output "$RUN/permuted.jsonl" ;;
+            stage permute python toy/permute.py --gold "$gold" --seed "$SEED" --output "$RUN/permuted.jsonl" ;;
         esac
         if [ "$t" = 1 ]; then                   # Q_0 is the same for all variants: they share its conversations, and,
             talk=$RUN/base                      # where the rule is the same, the selection
@@ -209,17 +293,17 @@ expert_iteration() {
 
         # Line 3: n conversations for each (task, persona) pair between Q_{t-1} and the Roleplayer.
         serve "$questioner" "$talk/conversations.jsonl"
-        "${SIMULATE[@]}" --questioner "$served" --roleplayer "$ROLEPLAYER" --split $split --samples $SAMPLES \
-            ${TRAIN_PAIRS:+--limit "$TRAIN_PAIRS"} --output "$talk/conversations.jsonl"
+        "${SIMULATE[@]}" --questioner "$served" --roleplayer "$ROLEPLAYER" --split $split --samples "$SAMPLES" \
+            ${TRAIN_PAIRS:+--limit "$TRAIN_PAIRS"} --output "$talk/conversations.jsonl" $SIMULATE_FLAGS
 
         # Lines 4 and 5: keep the one that makes the gold most probable under Q_BASE; Q_{t-1} responds to it.
         serve "$questioner" "$selected/selected.jsonl"
         "${SELECT[@]}" --questioner "$served" --conversations "$talk/conversations.jsonl" "${rule[@]}" \
-            --output "$selected/selected.jsonl"
+            --output "$selected/selected.jsonl" $SELECT_FLAGS
 
         # Line 6: fine-tune Q_BASE on the conversation and the response, the questions alone, or the gold response.
         serve ""                                # a server holds memory that training needs
-        "${TRAIN[@]}" --selected "$selected/selected.jsonl" --target $target --output "$here/model"
+        "${TRAIN[@]}" --selected "$selected/selected.jsonl" --target $target --output "$here/model" $TRAIN_FLAGS
 
         questioner=$here/model
         test_talk "$questioner" "$ROLEPLAYER" "$here"
@@ -227,32 +311,99 @@ expert_iteration() {
     done                                        # line 7
 }
 
-# Line 1, the input: personas U and gold responses G. (The tasks T are there.)
-$LAUNCH generate_personas.py --model "$WRITER" --extra "$EXTRA" --splits $PERSONA_SPLITS --seed "$SEED" \
-    --output "$RUN/personas.jsonl" $SERVER_FLAGS
-$LAUNCH gold.py "${DATA[@]}" --oracle "$ORACLE" --extra "$EXTRA" --split A B "$SPLIT" \
-    --output "$RUN/gold.jsonl" $SERVER_FLAGS
+everything() {
+    DATA=(--tasks "$TASKS" --personas "$personas" --seed "$SEED" ${LIMIT:+--limit "$LIMIT"})
+    ORACLES=(stage gold $LAUNCH gold.py "${DATA[@]}" --oracle "$ORACLE" --extra "$EXTRA" $SERVER_FLAGS)
+    SIMULATE=(stage simulate $LAUNCH simulate.py "${DATA[@]}" "${MODEL[@]}" "${ANSWER[@]}" "${TALK[@]}" $SERVER_FLAGS)
+    SELECT=(stage select $LAUNCH select.py "${DATA[@]}" --gold "$gold" --base "$BASE" "${MODEL[@]}" "${ANSWER[@]}"
+            $SERVER_FLAGS)
+    TRAIN=(stage train $LAUNCH_TRAINING train.py "${DATA[@]}" --gold "$gold" --base "$BASE" "${MODEL[@]}" "${LEARN[@]}")
+    EVALUATE=(stage evaluate $LAUNCH evaluate.py "${DATA[@]}" --gold "$test_gold" --base "$BASE" "${MODEL[@]}"
+              "${ANSWER[@]}" --split "$SPLIT" --results "$RUN/results.jsonl" $SERVER_FLAGS)
+    JUDGED=(--judge "$JUDGE" --extra "$EXTRA" --baseline)       # the folder of Q_BASE's evaluation follows
 
-test_talk "$BASE" "$ROLEPLAYER" "$RUN/base"
-evaluate main 0 "$BASE" "$RUN/base" "$RUN/base"
+    # Line 1, the input: personas U and gold responses G. (The tasks T are there.)
+    [ -n "$PERSONAS" ] || stage personas $LAUNCH generate_personas.py --model "$WRITER" --extra "$EXTRA" --seed "$SEED" \
+        --splits "$PERSONA_SPLITS" ${EXAMPLES:+--examples "$EXAMPLES"} --output "$personas" $SERVER_FLAGS $PERSONA_FLAGS
+    # The evaluated split's have a file of their own: another SPLIT changes nothing that was made from the others.
+    [ -n "$GOLD" ] || "${ORACLES[@]}" --split A B --output "$gold" $GOLD_FLAGS
+    [ -n "$GOLD$TEST_GOLD" ] || "${ORACLES[@]}" --split "$SPLIT" --output "$test_gold" $GOLD_FLAGS
 
-for variant in $VARIANTS; do
-    case $variant in
-    base_answers)                               # Q_BASE answers on Q_t's conversations: what the questions alone gain
-        for ((t = 1; t <= ITERATIONS; t++)); do
-            evaluate base_answers "$t" "$BASE" "$RUN/main/$t" "$RUN/base_answers/$t" --metrics win_rate \
-                "${JUDGED[@]}" "$RUN/base/$SPLIT"
-        done ;;
-    other_user)                                 # at test time somebody answers with whom nobody has trained
-        test_talk "$BASE" "$OTHER_ROLEPLAYER" "$RUN/other_user/base"
-        evaluate main 0 "$BASE" "$RUN/other_user/base" "$RUN/other_user/base"
-        for ((t = 1; t <= ITERATIONS; t++)); do
-            test_talk "$RUN/main/$t/model" "$OTHER_ROLEPLAYER" "$RUN/other_user/$t"
-            evaluate main "$t" "$RUN/main/$t/model" "$RUN/other_user/$t" "$RUN/other_user/$t" \
-                "${JUDGED[@]}" "$RUN/other_user/base/$SPLIT"
-        done ;;
-    *)
-        expert_iteration "$variant" ;;
-    esac
-done
-[ "$MODE" = paper ] || python toy/report.py "$RUN" --split "$SPLIT"
+    what="Q_BASE on $SPLIT"
+    test_talk "$BASE" "$ROLEPLAYER" "$RUN/base"
+    evaluate main 0 "$BASE" "$RUN/base" "$RUN/base"
+
+    for variant in $VARIANTS; do
+        case $variant in
+        base_answers)                           # Q_BASE answers on Q_t's conversations: what the questions alone gain
+            for ((t = 1; t <= ITERATIONS; t++)); do
+                what="base_answers t=$t"
+                evaluate base_answers "$t" "$BASE" "$RUN/main/$t" "$RUN/base_answers/$t" --metrics win_rate \
+                    "${JUDGED[@]}" "$RUN/base/$SPLIT"
+            done ;;
+        other_user)                             # at test time somebody answers with whom nobody has trained
+            for user in $OTHER_ROLEPLAYER; do
+                name=${user#openai:} name=${name%@http*}
+                what="Q_BASE with $name" there=$RUN/other_user/${name//\//-}
+                test_talk "$BASE" "$user" "$there/base"
+                evaluate main 0 "$BASE" "$there/base" "$there/base"
+                for ((t = 1; t <= ITERATIONS; t++)); do
+                    what="main t=$t with $name"
+                    test_talk "$RUN/main/$t/model" "$user" "$there/$t"
+                    evaluate main "$t" "$RUN/main/$t/model" "$there/$t" "$there/$t" "${JUDGED[@]}" "$there/base/$SPLIT"
+                done
+            done ;;
+        *)
+            expert_iteration "$variant" ;;
+        esac
+    done
+    what=''
+    stage report python $report "$RUN" --split "$SPLIT"
+}
+
+embedded_world() {                              # URL: its server plays everybody but the Questioner
+    WRITER=openai:persona-writer@$1 ORACLE=openai:oracle@$1 JUDGE=openai:judge@$1
+    ROLEPLAYER=openai:roleplayer@$1 OTHER_ROLEPLAYER=openai:roleplayer-terse@$1
+}
+
+personas=${PERSONAS:-$RUN/personas.jsonl}
+gold=${GOLD:-$RUN/gold.jsonl}
+test_gold=${TEST_GOLD:-${GOLD:-$RUN/gold-$SPLIT.jsonl}}
+
+# The first pass: nothing is written into RUN before the whole plan is good.
+if [ -n "$toy" ]; then
+    embedded_world http://127.0.0.1:1/v1
+    TASKS=$notes/tasks.jsonl
+    python toy/world.py --output "$TASKS" --tasks-per-split "$TASKS_PER_SPLIT" > /dev/null
+elif [ -n "$TASKS_PER_SPLIT" ]; then
+    awk -v n="$TASKS_PER_SPLIT" 'match($0, /"split": *"[^"]*"/) && seen[substr($0, RSTART, RLENGTH)]++ < n' \
+        "$TASKS" > "$notes/tasks.jsonl"
+    TASKS=$notes/tasks.jsonl
+fi
+everything
+[ -n "$DRY_RUN" ] || [ ! -d "$RUN" ] || take_run
+status=0
+start "$notes/pid" python plan.py "$RUN" --commands "$notes/commands" ${STALE:+--stale "$STALE"} \
+    ${DRY_RUN:+--dry-run} $ask 7>&- 8>&-
+running=$!
+wait $running || status=$?
+running=''
+[ $status = 0 ] && [ -z "$DRY_RUN" ] || exit $status
+
+# The second pass
+mkdir -p "$RUN"
+take_run
+if [ "$TASKS" = "$notes/tasks.jsonl" ]; then
+    TASKS=$RUN/tasks.jsonl
+    cp "$notes/tasks.jsonl" "$TASKS"
+fi
+if [ -n "$toy" ]; then
+    rm -f "$RUN/server.url"
+    python toy/server.py --port 0 --port-file "$RUN/server.url" --end-with-parent ${FAULTS:+--faults "$FAULTS"} \
+        7>&- 8>&- 9>&- &
+    server=$!
+    until [ -s "$RUN/server.url" ]; do kill -0 $server; sleep 0.1; done
+    embedded_world "$(cat "$RUN/server.url")"
+fi
+planning='' total=$n n=0
+everything

@@ -59,7 +59,7 @@ def test_smoke_run(tmp_path):
     positive, negative = (results["main", 0, "gold_log_prob", f"{c}_control"]["mean"] for c in ("positive", "negative"))
     assert positive > negative, "the base should make use of a persona that it is told"
     assert "Does it hold in" in output
-    golds = read_lines(tmp_path / "gold.jsonl")
+    golds = read_lines(tmp_path / "gold.jsonl") + read_lines(tmp_path / "gold-test.jsonl")
     assert len(golds) == 2 * 8 * 28 + 64 and all(row["gold"] and "refused" not in row for row in golds)
     # Every kept conversation is the best of its pair.
     scores = {}
@@ -73,7 +73,7 @@ def test_smoke_run(tmp_path):
 
 def test_the_server_ends_when_run_sh_is_killed(tmp_path):
     process = start(tmp_path)
-    while not (tmp_path / "server.url").exists() or not is_up(tmp_path):
+    while not (tmp_path / "run.stage").exists() or not (tmp_path / "run.stage").read_text() or not is_up(tmp_path):
         assert process.poll() is None, (tmp_path / "log").read_text()
         time.sleep(0.05)
     process.kill()
@@ -81,4 +81,4 @@ def test_the_server_ends_when_run_sh_is_killed(tmp_path):
     while is_up(tmp_path):
         assert time.time() - begin < 10, "the server outlived run.sh"
         time.sleep(0.1)
-    os.killpg(process.pid, signal.SIGKILL)                        # the stage that was running
+    os.killpg(int((tmp_path / "run.stage").read_text()), signal.SIGKILL)        # the stage that was running
