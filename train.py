@@ -155,19 +155,16 @@ def fit(accelerator, model, args, training, validation, batches, folder):
     warmup = min(math.ceil(args.warmup * len(batches)), len(batches) - 1)
     schedule = get_cosine_schedule_with_warmup(optimizer, warmup, len(batches))
 
-    before = mean_loss(accelerator, model, validation, args.micro_batch_size)
-    losses = []
+    before, losses = mean_loss(accelerator, model, validation, args.micro_batch_size), []
+    log = open(f"{folder}/log.jsonl" if accelerator.is_main_process else os.devnull, "a")
     for batch in (bar := tqdm(batches, "steps", disable=not accelerator.is_main_process)):
-        examples = [training[i] for i in batch]
-        losses.append(mean_loss(accelerator, model, examples, args.micro_batch_size, learn=True))
+        losses.append(mean_loss(accelerator, model, [training[i] for i in batch], args.micro_batch_size, learn=True))
         norm = accelerator.clip_grad_norm_(model.parameters(), args.clip)
         norm = float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
         if not math.isfinite(losses[-1] + norm):
             fail(f"step {len(losses)}: loss {losses[-1]}, norm of the gradient {norm}. Nothing is saved: lower --lr.")
-        if accelerator.is_main_process:
-            with open(f"{folder}/log.jsonl", "a") as log:
-                print(json.dumps({"step": len(losses), "loss": losses[-1], "rate": schedule.get_last_lr()[0],
-                                  "norm": norm}), file=log)
+        row = {"step": len(losses), "loss": losses[-1], "rate": schedule.get_last_lr()[0], "norm": norm}
+        print(json.dumps(row), file=log, flush=True)            # a curve to look at while it is drawn
         optimizer.step()
         schedule.step()
         optimizer.zero_grad()
