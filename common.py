@@ -357,8 +357,8 @@ def special_tokens(tokenizer):
 
 
 def plain(tokenizer, chat):
-    """A chat for a template, each special token that a text spells broken by a blank ("</s>" becomes "< /s>"), or a text
-    could open and close turns. The assistant's texts are stripped, as by most templates."""
+    """A chat for a template: each special token that a text spells is broken by a blank ("</s>" becomes "< /s>"), or a
+    text could open and close turns. The assistant's texts are stripped, as by most templates."""
     spelled = "|".join(map(re.escape, special_tokens(tokenizer)))
     chat = [{**message, "content": re.sub(spelled, lambda mark: f"{mark[0][0]} {mark[0][1:]}", message["content"])}
             for message in (chat if knows_system(tokenizer) else fold_system(chat))]
@@ -412,7 +412,8 @@ def assistant_turns(tokenizer, chat, last_only=False):
         end = max(first, bisect_left(begins, stop)) if said else first
         close = next((t for t in range(end, len(ids)) if text[slice(*spans[t])].strip()), end)
         has_end = render(tokenizer, marked).partition(mark)[2].strip()      # some templates have no end of turn
-        turns.append((first, end, close + 1 if has_end and ids[close:] and ids[close] in special_tokens(tokenizer).values() else end))
+        ended = has_end and close < len(ids) and ids[close] in special_tokens(tokenizer).values()
+        turns.append((first, end, close + 1 if ended else end))
     return ids, turns
 
 
@@ -477,10 +478,9 @@ def served_model(spec):
 
 
 class ServerModel:
-    """A model behind an OpenAI-compatible server. OPENAI_API_KEY goes to OpenAI, or to OPENAI_BASE_URL; a server that is
-    named by its URL is sent SERVER_API_KEY. A key is neither printed nor stored, though a server may repeat it.
-
-    The client itself repeats a call after 429, 5xx, dropped connections and time-outs, 8 times."""
+    """A model behind an OpenAI-compatible server. OPENAI_API_KEY goes to OpenAI, or to OPENAI_BASE_URL, SERVER_API_KEY to
+    a server that is named by its URL. A key is neither printed nor stored, though a server may repeat it. The client
+    itself repeats a call after 429, 5xx, dropped connections and time-outs, 8 times."""
 
     def __init__(self, spec, args):
         from openai import OpenAI
@@ -752,8 +752,8 @@ def announce(rows, *asked):
             tokens = (sum(len(message["content"]) for chat in chats for message in chat) // 4,
                       len(chats) * int(rows.args.extra.get("max_completion_tokens") or max_tokens))
             dollars = rows.args.prices and sum(map(operator.mul, rows.args.prices, tokens)) / 1e6
-            say(rows.processes, f"openai:{served_model(spec)[0]}: {len(chats):,} calls, about {tokens[0]:,} tokens in and at most "
-                                f"{tokens[1]:,} out" + (f": ${dollars:,.2f}" if dollars else ""))
+            say(rows.processes, f"openai:{served_model(spec)[0]}: {len(chats):,} calls, about {tokens[0]:,} tokens in "
+                                f"and at most {tokens[1]:,} out" + (f": ${dollars:,.2f}" if dollars else ""))
     if rows.args.dry_run:
         raise SystemExit(0)
 

@@ -16,8 +16,8 @@ import random
 import re
 from collections import Counter
 
-from common import (Request, Rows, add_model_flags, amount, answer_all, fail, natural, nucleus, read_prompt, read_rows, run,
-                    say, seed_for, stage_parser, start_processes)
+from common import (Request, Rows, add_model_flags, amount, answer_all, fail, natural, nucleus, read_prompt, read_rows,
+                    run, say, seed_for, stage_parser, start_processes)
 
 SYSTEM_PROMPT = read_prompt("persona_system")  # figure 8
 PROMPT = read_prompt("persona_user")  # figure 9
@@ -50,7 +50,7 @@ def persona_splits(text):
 def parse_args():
     parser = stage_parser(__doc__, "personas (JSONL)", "write the first N of the personas")
     parser.add_argument("--model", required=True, help="who writes; the paper: gpt-4-0613, which is no more")
-    parser.add_argument("--examples", default="data/seed_personas.jsonl", help="personas, two of which each prompt shows (JSONL)")
+    parser.add_argument("--examples", default="data/seed_personas.jsonl", help="two of them stand in each prompt")
     parser.add_argument("--splits", type=persona_splits, default="A=50,B=50,test=10", help="how many for each split")
     parser.add_argument("--temperature", type=amount, default=1.4, help="high: people should differ")
     parser.add_argument("--top-p", type=nucleus, default=0.9, help="mass of the nucleus")

@@ -1,4 +1,4 @@
-"""The tables of a run: gold log-probabilities, gains and win rates, a line for each variant, a column for each iteration.
+"""The tables of a run: gold log-probabilities, gains and win rates; a line a variant, a column an iteration.
 
     python report.py runs/paper
 
@@ -65,7 +65,8 @@ def table(results, metric, title, cell=None):
     if not rows:
         return []
     digits = 3 if metric.endswith(("rate", "share", "coverage")) else 2
-    cell = cell or (lambda row: " ± ".join(f"{row[name]:.{digits}f}" for name in ("mean", "sem") if row[name] is not None))
+    cell = cell or (lambda row: " ± ".join(
+        f"{row[name]:.{digits}f}" for name in ("mean", "sem") if row[name] is not None))
     numbers, several = {row["n"] for row in rows}, len({row["roleplayer"] for row in rows}) > 1
     iterations = sorted({row["iteration"] for row in rows})
     lines = defaultdict(dict)                                   # label -> {iteration: text}

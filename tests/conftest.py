@@ -184,20 +184,18 @@ def short(monkeypatch):
 
 @pytest.fixture
 def server():
-    """An OpenAI-compatible server that keeps every request; `server.reply(request) -> (status, answer or text)`;
-    with `server.usage` each call costs 100 and 7 tokens."""
+    """An OpenAI-compatible server that keeps every request, and the key; `server.reply(request) -> (status, answer or text)`."""
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
 
         def do_POST(self):
             request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
             http.requests.append(request)
+            http.keys.add(self.headers["Authorization"].removeprefix("Bearer "))
             status, answer = http.reply(request)
             if isinstance(answer, str):
                 answer = {"id": "x", "object": "chat.completion", "created": 0, "model": request["model"], "choices": [
                     {"index": 0, "finish_reason": "stop", "message": {"role": "assistant", "content": answer}}]}
-                if http.usage:
-                    answer["usage"] = {"prompt_tokens": 100, "completion_tokens": 7, "total_tokens": 107}
             body = json.dumps(answer).encode()
             self.send_response(status)
             self.send_header("Content-Type", "application/json")
@@ -210,7 +208,7 @@ def server():
 
     http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     http.daemon_threads, http.handle_error = True, lambda *_: None      # a client that hangs up is no news
-    http.requests, http.reply, http.usage = [], lambda request: (200, "Yes."), False
+    http.requests, http.keys, http.reply = [], set(), lambda request: (200, "Yes.")
     http.url = f"http://127.0.0.1:{http.server_address[1]}/v1"
     threading.Thread(target=http.serve_forever, args=(0.01,), daemon=True).start()
     yield http
