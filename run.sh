@@ -30,9 +30,7 @@ cd "$(dirname "$0")"
 
 MODE=${1:-toy}
 RUN=${RUN:-runs/$MODE${LIMIT:+-$LIMIT}}          # a trial has a folder of its own: a model is not prolonged
-SEED=${SEED:-42}
-SPLIT=${SPLIT:-test}
-EXTRA=${EXTRA:-"{}"}
+SEED=${SEED:-42} SPLIT=${SPLIT:-test} EXTRA=${EXTRA:-"{}"}
 MODEL=() ANSWER=() TALK=() LEARN=() toy='' ask=''   # what a mode adds to the stages' flags
 
 refuse() {
@@ -51,27 +49,20 @@ done
 case $MODE in
 toy | smoke)                                    # the embedded world (toy/): its users, Oracle and judge answer by rule
     if [ "$MODE" = toy ]; then
-        VARIANTS=${VARIANTS:-main base_answers other_user no_reg gold}
-        ITERATIONS=${ITERATIONS:-3}
-        TASKS_PER_SPLIT=${TASKS_PER_SPLIT:-28}
+        VARIANTS=${VARIANTS:-main base_answers other_user no_reg gold} ITERATIONS=${ITERATIONS:-3}
+        SAMPLES=${SAMPLES:-10} TEST_SAMPLES=${TEST_SAMPLES:-4} TASKS_PER_SPLIT=${TASKS_PER_SPLIT:-28}
         TRAIN_PAIRS=${LIMIT:-224}               # of 28 x 28: many personas and few epochs, or it learns by heart
-        SAMPLES=${SAMPLES:-10}
-        TEST_SAMPLES=${TEST_SAMPLES:-4}
         LEARN=(--lr 2e-3 --batch-size 8 --micro-batch-size 8 --epochs 3)
     else
-        VARIANTS=${VARIANTS:-main no_reg}
-        ITERATIONS=${ITERATIONS:-1}
-        TASKS_PER_SPLIT=${TASKS_PER_SPLIT:-8}
+        VARIANTS=${VARIANTS:-main no_reg} ITERATIONS=${ITERATIONS:-1}
+        SAMPLES=${SAMPLES:-8} TEST_SAMPLES=${TEST_SAMPLES:-8} TASKS_PER_SPLIT=${TASKS_PER_SPLIT:-8}
         TRAIN_PAIRS=${LIMIT:-64}
-        SAMPLES=${SAMPLES:-8}
-        TEST_SAMPLES=${TEST_SAMPLES:-8}
         LEARN=(--lr 2e-3 --batch-size 8 --micro-batch-size 8 --epochs 8)
     fi
     PERSONA_SPLITS=${PERSONA_SPLITS:-A=28,B=28,dev=8,test=8}     # 28 tasks x 8 personas = 224 pairs to evaluate on
     toy=yes report=toy/check.py
     BASE=${BASE:-toy/base}
-    LAUNCH=python
-    LAUNCH_TRAINING=python
+    LAUNCH=python LAUNCH_TRAINING=python
     MODEL=(--dtype float32)
     ANSWER=(--max-tokens 64)
     # The Questioner asks from its own distribution. At the paper's .9 and .9 it is sharper than that, and training on
@@ -86,23 +77,17 @@ toy | smoke)                                    # the embedded world (toy/): its
 small | paper)
     ask=--ask report=report.py
     if [ "$MODE" = small ]; then                # the method on one card: docs/scale.md, "A small run", says why so
-        VARIANTS=${VARIANTS:-main no_reg}
-        ITERATIONS=${ITERATIONS:-2}
-        BASE=${BASE:-Qwen/Qwen2.5-0.5B-Instruct}
-        TASKS_PER_SPLIT=${TASKS_PER_SPLIT:-20}
-        PERSONA_SPLITS=${PERSONA_SPLITS:-A=10,B=10,test=10}
-        TEST_SAMPLES=${TEST_SAMPLES:-4}
-        LAUNCH=${LAUNCH:-python}
+        VARIANTS=${VARIANTS:-main no_reg} ITERATIONS=${ITERATIONS:-2} TEST_SAMPLES=${TEST_SAMPLES:-4}
+        TASKS_PER_SPLIT=${TASKS_PER_SPLIT:-20} PERSONA_SPLITS=${PERSONA_SPLITS:-A=10,B=10,test=10}
+        BASE=${BASE:-Qwen/Qwen2.5-0.5B-Instruct} LAUNCH=${LAUNCH:-python}
         ANSWER=(--max-tokens 300)
         # 190 examples: two epochs of small batches are 48 steps; at 64 and one epoch it would be 3
         LEARN=(--dtype float32 --batch-size 8 --micro-batch-size 2 --epochs 2)
     else                                        # the published run's settings are the stages' defaults
-        VARIANTS=${VARIANTS:-main base_answers no_reg gold}
-        ITERATIONS=${ITERATIONS:-3}
+        VARIANTS=${VARIANTS:-main base_answers no_reg gold} ITERATIONS=${ITERATIONS:-3} TEST_SAMPLES=${TEST_SAMPLES:-10}
         # Q_BASE: a local folder or a name on the hub. It is scored with, and is trained: always Hugging Face.
         BASE=${BASE:-mistralai/Mistral-7B-Instruct-v0.2}
         PERSONA_SPLITS=${PERSONA_SPLITS:-A=50,B=50,test=10}
-        TEST_SAMPLES=${TEST_SAMPLES:-10}
     fi
     SAMPLES=${SAMPLES:-10}
     TASKS=${TASKS:-data/tasks.jsonl}
@@ -110,8 +95,7 @@ small | paper)
     # The Oracle writes personas and gold responses, and judges. The published run asked gpt-4-0613, which is no more:
     # name a current model. Any server with OpenAI's interface will do: openai:MODEL@http://host:port/v1.
     [ -n "$ORACLE" ] || refuse "set ORACLE to the model that plays Oracle and judge, such as openai:MODEL"
-    WRITER=${WRITER:-$ORACLE}
-    JUDGE=${JUDGE:-$ORACLE}
+    WRITER=${WRITER:-$ORACLE} JUDGE=${JUDGE:-$ORACLE}
     # The Roleplayer answers all questions. Mixtral does not fit beside the Questioner on one card: serve it elsewhere.
     [ -n "$ROLEPLAYER" ] ||
         refuse "set ROLEPLAYER, such as openai:mistralai/Mixtral-8x7B-Instruct-v0.1@http://host:8000/v1"
@@ -161,94 +145,9 @@ if [ -n "$LIMIT" ]; then                        # n pairs have at most n persona
     PERSONA_SPLITS=${limited#,}
 fi
 
-# ---------------------------------------------------------------- how a stage is run
-
-# In a first pass `stage` only notes its commands, for plan.py to check and to count; in the second it runs them.
-planning=yes n=0 total=0 what='' running='' serving='' serving_model='' SERVE_PORT=${SERVE_PORT:-8811}
-notes=$(mktemp -d)                              # the first pass writes nothing into RUN
-export AWAY_FILE=$notes/away                    # a stage leaves it beside status 75, of which accelerate makes 1
-trap 'end "$running"; end "$serving"; rm -rf "$notes"; kill $server 2> /dev/null || true' EXIT
-trap 'exit 129' HUP
-trap 'exit 130' INT
-trap 'exit 143' TERM
-
-# start FILE COMMAND ...: in a process group of its own, with which all is ended that COMMAND starts. Its number stands
-# in FILE, which COMMAND holds open, with run.sh's lock on it.
-start() {
-    set -m
-    sh -c 'echo $$ > "$0"; exec "$@"' "$@" < /dev/null 9>&- &
-    set +m
-}
-
-end() {                                         # GROUP: TERM, since torchrun ends its workers then; KILL for the deaf
-    [ -n "$1" ] && kill -TERM -- "-$1" 2> /dev/null || return 0
-    for ((i = 0; i < 400; i++)); do
-        sleep 0.1
-        kill -0 -- "-$1" 2> /dev/null || return 0
-    done
-    kill -KILL -- "-$1" 2> /dev/null || true
-}
-
-lock() {                                        # the file that is open as descriptor $1. (macOS has no flock command.)
-    python -c "import fcntl; fcntl.flock($1, fcntl.LOCK_EX | fcntl.LOCK_NB)" 2> /dev/null
-}
-
-# One run.sh at a time works in RUN. What one that was killed has left running holds a lock, and is ended.
-take_run() {
-    exec 9>> "$RUN/run.lock" 8>> "$RUN/run.stage" 7>> "$RUN/run.serve"
-    lock 9 || refuse "another run is at work in $RUN"
-    lock 8 || end "$(cat "$RUN/run.stage")"
-    lock 7 || end "$(cat "$RUN/run.serve")"
-    lock 8 && lock 7 || refuse "what an earlier run has started in $RUN is still there, perhaps on another machine"
-}
-
-# stage NAME COMMAND ...: one command of the run. A server that is away (status 75) is waited for.
-stage() {
-    n=$((n + 1))
-    if [ -n "$planning" ]; then
-        printf '%s\0' "$#" "$@" >> "$notes/commands"
-        return
-    fi
-    echo "$n/$total $1${what:+ $what}"
-    local status pause=60 waited=0
-    while true; do
-        rm -f "$AWAY_FILE"
-        start "$RUN/run.stage" "${@:2}" 7>&-
-        running=$! status=0
-        wait $running || status=$?
-        running=''
-        [ $status != 0 ] || return 0
-        [ $status = 75 ] || [ -e "$AWAY_FILE" ] || exit $status
-        [ $waited -lt $((${WAIT_HOURS:-12} * 3600)) ] || exit 75
-        echo "run.sh: a server is away; again in $pause seconds" >&2
-        start "$RUN/run.stage" sleep $pause 7>&-
-        running=$!
-        wait $running
-        waited=$((waited + pause)) pause=$((pause < 300 ? 2 * pause : 600))
-    done
-}
-
-# serve MODEL FILE: sets `served` to the string by which stages name a Questioner. With SERVE that is a server of the
-# model's folder, started in the place of the one before unless FILE, for which it is needed, is there. The server's name
-# for the model is the folder, so that settings record what lies in it.
-serve() {
-    served=$1
-    [ -n "$SERVE" ] || return 0
-    served=openai:$1@http://127.0.0.1:$SERVE_PORT/v1
-    [ -z "$planning" ] && [ "$1" != "$serving_model" ] && [ ! -e "$2" ] || return 0
-    end "$serving"
-    serving='' serving_model=$1
-    [ -n "$1" ] || return 0
-    start "$RUN/run.serve" $SERVE "$1" --port "$SERVE_PORT" > "$RUN/serve.log" 2>&1 8>&-
-    serving=$!
-    until python -c "from urllib.request import *; urlopen('http://127.0.0.1:$SERVE_PORT/v1/models', timeout=5)" 2> /dev/null
-    do
-        kill -0 $serving 2> /dev/null || refuse "SERVE ended: see $RUN/serve.log"
-        sleep 1
-    done
-}
-
 # ---------------------------------------------------------------- the run
+
+. ./stage.sh                                    # stage, serve: how a command is run, waited for and ended
 
 # test_talk MODEL ROLEPLAYER FOLDER: Q_t's conversations on the evaluated split
 test_talk() {
@@ -382,13 +281,9 @@ elif [ -n "$TASKS_PER_SPLIT" ]; then
 fi
 everything
 [ -n "$DRY_RUN" ] || [ ! -d "$RUN" ] || take_run
-status=0
-start "$notes/pid" python plan.py "$RUN" --commands "$notes/commands" ${STALE:+--stale "$STALE"} \
-    ${DRY_RUN:+--dry-run} $ask 7>&- 8>&-
-running=$!
-wait $running || status=$?
-running=''
-[ $status = 0 ] && [ -z "$DRY_RUN" ] || exit $status
+run_group "$notes/plan" python plan.py "$RUN" --commands "$notes/commands" ${STALE:+--stale "$STALE"} \
+    ${DRY_RUN:+--dry-run} $ask 8>&- || exit $?
+[ -z "$DRY_RUN" ] || exit 0
 
 # The second pass
 mkdir -p "$RUN"

@@ -81,4 +81,4 @@ def test_the_server_ends_when_run_sh_is_killed(tmp_path):
     while is_up(tmp_path):
         assert time.time() - begin < 10, "the server outlived run.sh"
         time.sleep(0.1)
-    os.killpg(int((tmp_path / "run.stage").read_text()), signal.SIGKILL)        # the stage that was running
+    os.killpg(int((tmp_path / "run.stage").read_text().split()[0]), signal.SIGKILL)        # the stage that was running
