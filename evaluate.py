@@ -11,7 +11,6 @@ Q_BASE is evaluated first (`--iteration 0`); the folder that this writes is the 
     writes  --output FOLDER   log_probs.jsonl  {"task_id", "persona_id", "sample", "condition", "log_prob", "tokens"}
                               responses.jsonl  {"task_id", "persona_id", "sample", "turns", "response"}
                               verdicts.jsonl   {"task_id", "persona_id", "turns", "order", "verdict", "raw"}
-                              values.jsonl     {"metric", "condition", "task_id", "persona_id", "value"}
             --results         {"variant": "main", "iteration": 1, "metric": "win_rate", "condition": "", "roleplayer":
                                "mixtral", "split": "test", "mean": 0.68, "sem": 0.03, "n": 289}, a line a combination
 
@@ -24,17 +23,14 @@ The paper's scale, 5,000 conversations and 300 verdicts:
         --conversations runs/paper/main/1/test.jsonl --judge openai:MODEL --personas runs/paper/personas.jsonl \\
         --gold runs/paper/gold.jsonl --output runs/paper/main/1/test --results runs/paper/results.jsonl
 """
-import json
-import os
 import re
 from collections import Counter, defaultdict
-from pathlib import Path
 
 from common import (PAIR, Request, Rows, SAMPLE, add_data_flags, add_model_flags, amount, announce, answer_all, by_pair,
                     fail, fingerprint, key_of, mean_sem, natural, nucleus, number, pair_of, read_conversations,
                     read_gold, read_personas, read_prompt, read_rows, read_settings, read_tasks, response_form, run,
-                    sample_pairs, say, score_all, seed_for, settings_of, stage_parser, start_processes, write_results,
-                    write_whole)
+                    sample_pairs, say, score_all, seed_for, settings_of, stage_parser, start_processes, write_results)
+from report import interval_95, sem_two_way
 
 JUDGE_SYSTEM_PROMPT = read_prompt("judge_system")  # figure 15
 JUDGE_PROMPT = read_prompt("judge_user")  # figure 16
@@ -188,7 +184,7 @@ def main():
         f"simulate {name}": value for name, value in simulation.items() if name not in ("questioner", "source")}}
     if args.baseline:
         check_baseline(args.baseline, settings_of(args, **simulated_with))
-    processes, measured = start_processes(), []
+    processes = start_processes()
 
     def output(name, *key, **inputs):
         return Rows(args, f"{args.output}/{name}.jsonl", (*PAIR, *key), processes, **simulated_with, **inputs)
@@ -197,14 +193,11 @@ def main():
         return response_form(personas[pair[1]]["name"], tasks[pair[0]]["task"], conversation, persona)
 
     def add_result(metric, condition, values, **counts):
-        """Writes a mean, and what it is the mean of. values: {(task_id, persona_id): value}"""
+        """Writes and prints a mean. values: {(task_id, persona_id): value}"""
         row = {"variant": args.variant, "iteration": args.iteration, "split": args.split, "roleplayer": args.roleplayer,
-               "metric": metric, "condition": condition, **mean_sem(list(values.values())), **counts,
-               "folder": os.path.relpath(args.output, Path(args.results).parent)}
-        measured.extend({"metric": metric, "condition": condition, "task_id": i, "persona_id": j, "value": value}
-                        for (i, j), value in sorted(values.items()))
+               "metric": metric, "condition": condition, **mean_sem(list(values.values())),
+               "sem_two_way": sem_two_way(values), "interval_95": interval_95(values, metric == "win_rate"), **counts}
         if processes.is_main_process:
-            write_whole(f"{args.output}/values.jsonl", "".join(json.dumps(value) + "\n" for value in measured))
             write_results(args.results, [row])
 
     # What will be asked: Q_t for a response to one random conversation of each of the win rate's pairs, and a judge.

@@ -2,16 +2,14 @@
 
     python report.py runs/paper
 
-It reads the run's results.jsonl, to which each evaluate.py adds its means, and the values behind them, one for each
-(task, persona) pair, from the folders of these evaluations. It needs no model and no server.
+It reads the run's results.jsonl, to which each evaluate.py adds its means, and needs no model and no server. The
+statistics of these means stand here, too.
 """
 import argparse
 import math
 from collections import defaultdict
 
-from scipy.stats import t as student
-
-from common import PAIR, fail, pair_of, read_results, read_rows, run
+from common import fail, read_results, run
 
 TITLES = {"gold_log_prob": "Log-probability of the gold responses under Q_BASE (nats; mean ± SEM over pairs)",
           "gold_log_prob_gain": "Gain in gold log-probability over Q_BASE (nats; mean ± SEM of paired differences)",
@@ -37,25 +35,18 @@ def sem_two_way(values):
 
 
 def interval_95(values, share=False):
-    """The 95 % interval (low, high) of a mean over {(task, persona): value}: `sem_two_way` times Student's t, with one
+    """The 95 % interval [low, high] of a mean over {(task, persona): value}: `sem_two_way` times Student's t, with one
     degree of freedom less than there are tasks or personas, whichever are fewer. A share has Wilson's interval, which
     stays inside 0..1, for as many independent pairs as would have that standard error. None where that is None."""
+    from scipy.stats import t as student
     if (sem := sem_two_way(values)) is None:
         return None
     mean, q = sum(values.values()) / len(values), student.ppf(0.975, min(len(set(ids)) for ids in zip(*values)) - 1)
     if not share:
-        return mean - q * sem, mean + q * sem
+        return [float(mean - q * sem), float(mean + q * sem)]
     n = mean * (1 - mean) / sem ** 2 if sem else len(values)
     half = q * math.sqrt(mean * (1 - mean) / n + q * q / (4 * n * n))
-    return tuple((mean + q * q / (2 * n) + side) / (1 + q * q / n) for side in (-half, half))
-
-
-def values_of(run_folder, row):
-    """{(task_id, persona_id): value}: what a row of results.jsonl is the mean of."""
-    key = {"metric": str, "condition": str, **PAIR}
-    return {pair_of(value): value["value"]
-            for value in read_rows(f"{run_folder}/{row['folder']}/values.jsonl", key, {"value": float | int})
-            if (value["metric"], value["condition"]) == (row["metric"], row["condition"])}
+    return [float((mean + q * q / (2 * n) + side) / (1 + q * q / n)) for side in (-half, half)]
 
 
 def table(results, metric, title, cell=None):
@@ -83,11 +74,10 @@ def table(results, metric, title, cell=None):
               for label, line in lines.items())]
 
 
-def tables(run_folder, results):
+def tables(results):
     """Lines of all tables of a run; after those of differences and win rates their 95 % intervals."""
     def interval(row):
-        both = interval_95(values_of(run_folder, row), row["metric"] == "win_rate")
-        return f"{both[0]:.2f} to {both[1]:.2f}" if both else "-"
+        return "{:.2f} to {:.2f}".format(*row["interval_95"]) if row["interval_95"] else "-"
 
     lines = []
     for metric, title in TITLES.items():
@@ -106,7 +96,7 @@ def main():
     rows = [row for row in read_results(f"{args.run}/results.jsonl") if row["split"] == args.split]
     if not rows:
         fail(f"{args.run}/results.jsonl: no results on split {args.split}. evaluate.py writes them.")
-    print(*tables(args.run, rows), sep="\n")
+    print(*tables(rows), sep="\n")
 
 
 if __name__ == "__main__":

@@ -114,7 +114,7 @@ READ = {"generate_personas": ["examples"], "gold": ["tasks", "personas"], "simul
 WHAT_TO_DO = re.compile(r"[.)] (Correct|Give|Look|Name|Remove|Run|Simulate|Use|Wait|Start|Each line|docs/data.md)|from \S+ to \S+$|"
                         "invalid|evaluate Q_BASE")
 # What may be new beside settings: finished work that a later step of the same stage leaves as it is.
-KEPT = {"select": ["out.scores.jsonl"], "evaluate": ["log_probs.jsonl", "responses.jsonl", "values.jsonl"]}
+KEPT = {"select": ["out.scores.jsonl"], "evaluate": ["log_probs.jsonl", "responses.jsonl"]}
 
 
 class Bench:

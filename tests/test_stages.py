@@ -435,8 +435,7 @@ def test_standard_errors_by_hand():
     values = {("t0", "a"): 0.0, ("t0", "b"): 0.0, ("t1", "a"): 6.0, ("t1", "b"): 6.0}
     assert report.sem_two_way(values) == pytest.approx(math.sqrt(6))
     # t.ppf(.975, 1) = 12.706 from any table, with two tasks and two personas
-    assert report.interval_95(values) == (pytest.approx(3 - 12.7062 * math.sqrt(6), rel=1e-4),
-                                          pytest.approx(3 + 12.7062 * math.sqrt(6), rel=1e-4))
+    assert report.interval_95(values) == pytest.approx([3 - 12.7062 * math.sqrt(6), 3 + 12.7062 * math.sqrt(6)], rel=1e-4)
     assert report.sem_two_way({("t0", "a"): 1.0, ("t1", "a"): 2.0}) is report.interval_95({}) is None
 
 
@@ -501,9 +500,6 @@ def test_evaluation_from_end_to_end(run, world, tiny, server):
                 pairs.setdefault(common.pair_of(row), []).append(row["log_prob"])
         means.append(np.array([np.mean(pairs[pair]) for pair in sorted(pairs)]))
     assert gain["n"] == 11 and gain["mean"] == pytest.approx((means[0] - means[1]).mean())
-    values = report.values_of(world.path(""), gain)
-    assert [values[pair] for pair in sorted(values)] == pytest.approx(list(means[0] - means[1]))
-    assert len(report.values_of(world.path(""), win)) == 6
     assert gain["sem"] == pytest.approx((means[0] - means[1]).std(ddof=1) / math.sqrt(11))
     assert results["gold_log_prob", "q_experimental", 1]["mean"] == pytest.approx(means[0].mean())
     assert ("gold_log_prob", "positive_control", 1) not in results and ("gold_log_prob", "positive_control", 0) in results

@@ -309,16 +309,18 @@ def test_a_file_of_permuted_golds_is_read_as_golds(tmp_path):
 def results_of(**changed):
     """Rows of results.jsonl of two iterations in which all findings hold, but for what `changed` says."""
     values = {
-        ("main", 0): {"relevant_share": 0.4, "gold_log_prob positive_control": -1.0},
+        ("main", 0): {"relevant_share": 0.4, "gold_log_prob positive_control": -1.0, "gold_log_prob q_random": -21.0},
         ("main", 1): {"relevant_share": 0.5, "win_rate": 0.62, "invented_facts": 0.1, "question_share": 0.0,
                       "gold_log_prob q_experimental": -11.0, "gold_log_prob q_random": -19.0,
                       "gold_log_prob_gain q_experimental": 0.2, "gold_log_prob_gain q_random": -0.5},
         ("main", 2): {"relevant_share": 0.8, "win_rate": 0.7, "invented_facts": 0.2, "question_share": 0.0,
                       "gold_log_prob q_experimental": -9.0, "gold_log_prob q_random": -20.0,
                       "gold_log_prob_gain q_experimental": 5.0, "gold_log_prob_gain q_random": -1.0},
-        ("no_reg", 1): {"win_rate": 0.2, "question_share": 0.9}, ("no_reg", 2): {"win_rate": 0.3, "question_share": 0.8},
-        ("gold", 1): {"win_rate": 0.45, "invented_facts": 1.0}, ("gold", 2): {"win_rate": 0.5, "invented_facts": 1.2},
-        ("base_answers", 1): {"win_rate": 0.6}, ("base_answers", 2): {"win_rate": 0.65}}
+        ("no_reg", 1): {"win_rate": 0.2, "question_share": 0.9, "gold_log_prob q_experimental": -11.5},
+        ("no_reg", 2): {"win_rate": 0.3, "question_share": 0.8, "gold_log_prob q_experimental": -9.5},
+        ("gold", 1): {"win_rate": 0.45, "invented_facts": 1.0, "gold_log_prob q_experimental": -10.5},
+        ("gold", 2): {"win_rate": 0.49, "invented_facts": 1.2, "gold_log_prob q_experimental": -8.5},
+        ("base_answers", 1): {"win_rate": 0.52}, ("base_answers", 2): {"win_rate": 0.57}}
     for control in ("random", "permuted"):
         values[control, 1] = {"relevant_share": 0.7, "win_rate": 0.5}
         values[control, 2] = {"relevant_share": 0.45, "win_rate": 0.5, "gold_log_prob_gain q_experimental": 1.0,
@@ -350,8 +352,13 @@ def results_of(**changed):
     ({"no_reg_2_win_rate": 0.35}, [4]),
     ({"gold_1_invented_facts": 0.1}, [5]),
     ({"gold_2_invented_facts": 0.2}, [5]),
-    ({"gold_1_win_rate": 0.62}, [5]),
-    ({"gold_2_win_rate": 0.7}, [5]),
+    ({"gold_1_win_rate": 0.62}, [5, 11]),
+    ({"gold_2_win_rate": 0.7}, [5, 11]),
+    ({"main_2_gold_log_prob_q_random": -21.5}, [8]),
+    ({"no_reg_1_gold_log_prob_q_experimental": -10.9}, [9]),
+    ({"gold_2_gold_log_prob_q_experimental": -9.1}, [10]),
+    ({"gold_2_win_rate": 0.5}, [11]),
+    ({"base_answers_2_win_rate": 0.6}, [12]),
     ({"random_2_relevant_share": 0.51}, [6]),
     ({"permuted_2_gold_log_prob_gain_q_random": -0.51}, [7]),
     # main has learned nothing: controls that did worse prove nothing
@@ -359,15 +366,15 @@ def results_of(**changed):
 ])
 def test_each_finding_fails_when_its_figures_do(changed, failing):
     found = check.findings(results_of(**changed))
-    assert len(found) == 8
+    assert len(found) == 13
     assert [i for i, (_, holds, _) in enumerate(found) if not holds] == failing
 
 
 def test_report_leaves_out_what_was_not_run_and_reads_one_roleplayer():
     rows = [row for row in results_of() if row["variant"] == "main"]
     other = [{**row, "roleplayer": "roleplayer-terse", "mean": -99.0} for row in results_of()]
-    assert [holds for _, holds, _ in check.findings(rows + other)] == [True] * 4
-    assert check.sharpening(results_of() + other) == [(1, 0.62, 0.6), (2, 0.7, 0.65)] and check.sharpening(rows) == []
+    assert [holds for _, holds, _ in check.findings(rows + other)] == [True] * 5
+    assert check.sharpening(results_of() + other) == [(1, 0.62, 0.52), (2, 0.7, 0.57)] and check.sharpening(rows) == []
     assert check.findings([]) == check.findings(other) == []
 
 
@@ -376,7 +383,8 @@ def test_a_run_that_was_interrupted_is_reported_as_far_as_it_went():
     for row in whole:                                              # whatever is missing, there is no traceback
         check.findings([other for other in whole if other is not row])
     part = [row for row in whole if row["variant"] != "no_reg" or row["iteration"] < 2]
-    assert [holds for _, holds, _ in check.findings(part)] == [True] * 4 + [None] + [True] * 3
+    assert [holds for _, holds, _ in check.findings(part)] == [
+        True, True, True, True, None, True, True, True, True, None, True, True, True]
     single = [{**row, "sem": None, "sem_two_way": None} for row in whole]
     assert [holds for _, holds, _ in check.findings(single)][0] is None
 
