@@ -33,6 +33,8 @@ def fail(message, status=2):
     """One line that says where, what is wrong, and what to do. Exit status 2: bad input; 1: a bad outcome; 75: a server
     is away, and the same command may succeed later."""
     tqdm.write(printable(f"{Path(sys.argv[0]).name}: error: {message}"), file=sys.stderr)      # on a line beside a bar
+    if status == 75 and "AWAY_FILE" in os.environ:              # for run.sh: accelerate launch ends with 1
+        Path(os.environ["AWAY_FILE"]).touch()
     raise SystemExit(status)
 
 

@@ -21,7 +21,7 @@ On a laptop (files from simulate.py's and gold.py's examples):
 The paper's scale, 5,000 conversations and 300 verdicts:
     accelerate launch evaluate.py --questioner runs/paper/main/1/model --iteration 1 --baseline runs/paper/base/test \\
         --conversations runs/paper/main/1/test.jsonl --judge openai:MODEL --personas runs/paper/personas.jsonl \\
-        --gold runs/paper/gold.jsonl --output runs/paper/main/1/test --results runs/paper/results.jsonl
+        --gold runs/paper/gold-test.jsonl --output runs/paper/main/1/test --results runs/paper/results.jsonl
 """
 import re
 from collections import Counter, defaultdict

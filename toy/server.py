@@ -189,6 +189,7 @@ class Handler(BaseHTTPRequestHandler):
         if self.path != "/v1/chat/completions":
             return self.refuse(404, f"unknown path {self.path}")
         body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        time.sleep(self.server.delay)
         fault = self.server.faults.draw(body)
         if fault == "stalled":
             time.sleep(self.server.stall)
@@ -231,7 +232,7 @@ class Handler(BaseHTTPRequestHandler):
 class Server(ThreadingHTTPServer):
     daemon_threads = True  # open connections do not keep the process alive
     request_queue_size = 256  # clients open their connections all at once
-    faults, stall = Faults({}), 30
+    faults, stall, delay = Faults({}), 30, 0
 
     def handle_error(self, request, client_address):
         if not isinstance(sys.exc_info()[1], ConnectionError):  # a client that hangs up is no news
@@ -254,6 +255,7 @@ def parse_args():
                              f"{', '.join(LASTING)} (always)")
     parser.add_argument("--fault-seed", type=int, default=0, help="which ones")
     parser.add_argument("--stall", type=float, default=30, help="seconds of silence before a stalled connection ends")
+    parser.add_argument("--delay", type=float, default=0, help="seconds before each answer, as a real model takes")
     parser.add_argument("--end-with-parent", action="store_true", help="end when the program that started it is gone")
     return parser.parse_args()
 
@@ -262,7 +264,7 @@ def main():
     args = parse_args()
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # SIGTERM ends it as Ctrl-C does
     server = Server(("127.0.0.1", args.port), Handler)
-    server.faults, server.stall = Faults(args.faults, args.fault_seed), args.stall
+    server.faults, server.stall, server.delay = Faults(args.faults, args.fault_seed), args.stall, args.delay
     url = f"http://127.0.0.1:{server.server_port}/v1"
     if args.port_file:  # atomically: a reader sees the whole URL or no file
         Path(args.port_file + ".new").write_text(url + "\n")
