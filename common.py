@@ -24,6 +24,7 @@ from glob import escape, glob
 from pathlib import Path
 from threading import Lock
 from typing import NamedTuple
+from uuid import uuid4
 
 import numpy as np
 from tqdm import tqdm
@@ -64,8 +65,9 @@ def seed_for(*parts):
 
 # ---------------------------------------------------------------- rows: one JSON object a line
 
-PAIR = {"task_id": str, "persona_id": str}                      # the fields that tell rows apart
+PAIR = {"task_id": str, "persona_id": str}                      # the fields that tell rows apart, and their values
 SAMPLE = {**PAIR, "sample": int}
+pair_of, key_of = operator.itemgetter(*PAIR), operator.itemgetter(*SAMPLE)
 
 
 def read_rows(path, key, fields):
@@ -136,14 +138,6 @@ def read_conversations(path, tasks, personas, **more):
         if row["task_id"] not in tasks or row["persona_id"] not in personas:
             fail(f"{path}: {pair_of(row)} is not among the given --tasks and --personas. Give those it was made from.")
     return rows
-
-
-def pair_of(row):
-    return row["task_id"], row["persona_id"]
-
-
-def key_of(row):
-    return row["task_id"], row["persona_id"], row["sample"]
 
 
 def all_pairs(tasks, personas, split, limit=None, seed=0):
@@ -225,7 +219,7 @@ def take_output(output, settings):
 
 def unfinished(output):
     """The files of a stage that was interrupted, or is still running."""
-    return sorted(glob(escape(str(output)) + ".part-[0-9]*"))
+    return sorted(glob(escape(str(output)) + ".part-" + 32 * "[0-9a-f]"))
 
 
 def write_whole(path, text):
@@ -243,14 +237,13 @@ class Rows(dict):
 
     def __init__(self, args, path, key, processes, **more):
         self.args, self.path, self.key, self.processes = args, path, key, processes
+        self.part = f"{path}.part-{uuid4().hex}"
         self.share = slice(processes.process_index, None, processes.num_processes)      # of the work: this process's
         if processes.is_main_process and not args.dry_run:
             self.lock = take_output(path, settings_of(args, **more))
         processes.wait_for_everyone()
         self._read()
-        number = next(n for n in range(10 ** 9) if not glob(f"{escape(str(path))}.part-{n}-*"))     # one that is free
-        self.part = f"{path}.part-{number}-{processes.process_index}"
-        processes.wait_for_everyone()
+        processes.wait_for_everyone()                           # all have read before one of them adds
 
     def _read(self):
         self.clear()

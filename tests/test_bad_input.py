@@ -182,7 +182,7 @@ def begun(stage):
 
 
 def unfinished(b, name):
-    Path(b.path(name) + ".part-0-0").write_text("")
+    Path(b.path(name) + ".part-00000000000000000000000000000000").write_text("")
 
 
 def folder_there(b):

@@ -84,8 +84,8 @@ def test_what_is_done_is_not_counted(commands, planned, done, world):
     for path in ("s.jsonl", "s.scores.jsonl"):
         os.remove(world.path(path))
     shutil.rmtree(world.path("model"))
-    Path(world.path("c.jsonl")).rename(world.path("c.jsonl.part-0-0"))
-    Path(world.path("c.jsonl.part-0-0")).write_text("".join(lines[:20]) + lines[20][:9])        # a kill has torn a line
+    Path(world.path("c.jsonl")).rename(world.path("c.jsonl.part-00000000000000000000000000000000"))
+    Path(world.path("c.jsonl.part-00000000000000000000000000000000")).write_text("".join(lines[:20]) + lines[20][:9])        # a kill has torn a line
     assert "1 of 4 outputs are done. Left: 4 conversations, 24 scores, 1 trainings" in planned(commands())[1]
 
 
@@ -114,13 +114,13 @@ def test_a_larger_limit_is_found_before_anything_grows(run, commands, planned, s
 
 
 def test_remove_takes_what_is_stale_and_nothing_else(commands, planned, done, world):
-    Path(world.path("s.jsonl.part-0-0")).write_text("{}\n")
+    Path(world.path("s.jsonl.part-00000000000000000000000000000000")).write_text("{}\n")
     Path(world.path("s.jsonl.mine")).write_text("mine")
     before = set(os.listdir(world.folder)) | {"commands"}
     status, said = planned(commands({("select", "--k"): "2"}), "--stale", "remove")
     assert status == 0 and "2 of 4 outputs are done. Left: 0 conversations, 24 scores, 1 trainings" in said
     assert before - set(os.listdir(world.folder)) == {
-        "s.jsonl", "s.jsonl.part-0-0", "s.jsonl.settings.json", "s.scores.jsonl", "s.scores.jsonl.settings.json", "model",
+        "s.jsonl", "s.jsonl.part-00000000000000000000000000000000", "s.jsonl.settings.json", "s.scores.jsonl", "s.scores.jsonl.settings.json", "model",
         "model.settings.json"}
     assert planned(commands())[0] == 0, "and with the old setting it is just to be made"
 
