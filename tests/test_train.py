@@ -382,3 +382,11 @@ train.fit, sys.argv = kept, [train.__file__, *{[str(flag) for flag in flags]}]; 
     saved, alone, base = (torch.cat([weight.detach().flatten() for weight in AutoModelForCausalLM.from_pretrained(
         path, dtype=torch.float32).parameters()]) for path in (world.path("two"), world.path("one"), tiny))
     assert torch.cosine_similarity(saved - base.bfloat16().float(), alone - base.bfloat16().float(), dim=0) > 0.9
+
+
+@pytest.mark.slow
+def test_the_benchmark_of_precisions():
+    done = subprocess.run([sys.executable, ROOT / "benchmarks/precision.py", "--noise", "3", "--std", "0.02"], capture_output=True,
+                          text=True, check=True)
+    slope = {row["precision"]: row["slope"] for row in map(json.loads, done.stdout.splitlines())}
+    assert slope["bfloat16, nearest"] < 0.2 and slope["bfloat16, stochastic"] == pytest.approx(1, abs=0.02)
