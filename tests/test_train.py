@@ -4,8 +4,10 @@ import json
 import math
 import os
 import re
+import socket
 import subprocess
 import sys
+from multiprocessing import get_context
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -362,20 +364,35 @@ def test_precisions_from_the_command_line(run, world, tiny, monkeypatch):
     assert "--rounding stochastic: float32 weights lose nothing" in err and not Path(world.path("x.settings.json")).exists()
 
 
+def train_on(rank, port, flags, kept):
+    """One of two processes; forked, which saves the imports. It keeps its own weights."""
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port),
+                      ACCELERATE_USE_CPU="true")
+    AcceleratorState._reset_state(True)
+    fit, sys.argv = train.fit, [train.__file__, *map(str, flags)]
+
+    def keep(accelerator, *given):
+        model, outcome = fit(accelerator, *given)
+        torch.save(accelerator.unwrap_model(model).state_dict(), f"{kept}{rank}")
+        return model, outcome
+    train.fit = keep
+    train.main()
+
+
 def test_two_processes_round_alike(run, world, tiny):
     """And move as far as one process does, whose sums are rounded in another order."""
     selected(world)
     flags = [*train_flags(world, tiny, "two", "--rounding", "stochastic"), "--dtype", "bfloat16"]
-    script = Path(world.path("two.py"))
-    script.write_text(f"""import os, sys; sys.path.insert(0, {str(ROOT)!r}); import torch, train; fit = train.fit
-def kept(accelerator, *given):
-    model, outcome = fit(accelerator, *given)
-    torch.save(accelerator.unwrap_model(model).state_dict(), {world.path("kept")!r} + os.environ["RANK"])
-    return model, outcome
-train.fit, sys.argv = kept, [train.__file__, *{[str(flag) for flag in flags]}]; train.main()""")
-    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", script],
-                          env={**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]                           # a free one
+    both = [get_context("fork").Process(target=train_on, args=(rank, port, flags, world.path("kept"))) for rank in range(2)]
+    for process in both:
+        process.start()
+    for process in both:
+        process.join(60)
+    assert [process.exitcode for process in both] == [0, 0]
+    out, _ = run(train, *flags)
+    assert "trained already" in out
     run(train, *flags, "--output", world.path("one"))
     first, second = (torch.load(world.path(f"kept{rank}")) for rank in "01")
     assert all(torch.equal(first[name], second[name]) for name in first) and changed(world.path("two"), tiny) > 0.1
