@@ -31,7 +31,7 @@ cd "$(dirname "$0")"
 MODE=${1:-toy}
 RUN=${RUN:-runs/$MODE${LIMIT:+-$LIMIT}}          # a trial has a folder of its own: a model is not prolonged
 SEED=${SEED:-42} SPLIT=${SPLIT:-test} EXTRA=${EXTRA:-"{}"}
-MODEL=() ANSWER=() TALK=() LEARN=() toy='' ask=''   # what a mode adds to the stages' flags
+MODEL=() ANSWER=() TALK=() SCORE=() LEARN=() toy='' ask=''   # what a mode adds to the stages' flags
 
 refuse() {
     echo "run.sh: $*" >&2
@@ -81,6 +81,7 @@ small | paper)
         TASKS_PER_SPLIT=${TASKS_PER_SPLIT:-20} PERSONA_SPLITS=${PERSONA_SPLITS:-A=10,B=10,test=10}
         BASE=${BASE:-Qwen/Qwen2.5-0.5B-Instruct} LAUNCH=${LAUNCH:-python}
         ANSWER=(--max-tokens 300)
+        SCORE=(--batch-size 32)                 # 150,000 words: at 64 the logits alone could have 20 GB
         # 190 examples: two epochs of small batches are 48 steps; at 64 and one epoch it would be 3
         LEARN=(--dtype float32 --batch-size 8 --micro-batch-size 2 --epochs 2)
     else                                        # the published run's settings are the stages' defaults
@@ -215,10 +216,10 @@ everything() {
     ORACLES=(stage gold $LAUNCH gold.py "${DATA[@]}" --oracle "$ORACLE" --extra "$EXTRA" $SERVER_FLAGS)
     SIMULATE=(stage simulate $LAUNCH simulate.py "${DATA[@]}" "${MODEL[@]}" "${ANSWER[@]}" "${TALK[@]}" $SERVER_FLAGS)
     SELECT=(stage select $LAUNCH select.py "${DATA[@]}" --gold "$gold" --base "$BASE" "${MODEL[@]}" "${ANSWER[@]}"
-            $SERVER_FLAGS)
+            "${SCORE[@]}" $SERVER_FLAGS)
     TRAIN=(stage train $LAUNCH_TRAINING train.py "${DATA[@]}" --gold "$gold" --base "$BASE" "${MODEL[@]}" "${LEARN[@]}")
     EVALUATE=(stage evaluate $LAUNCH evaluate.py "${DATA[@]}" --gold "$test_gold" --base "$BASE" "${MODEL[@]}"
-              "${ANSWER[@]}" --split "$SPLIT" --results "$RUN/results.jsonl" $SERVER_FLAGS)
+              "${ANSWER[@]}" "${SCORE[@]}" --split "$SPLIT" --results "$RUN/results.jsonl" $SERVER_FLAGS)
     JUDGED=(--judge "$JUDGE" --extra "$EXTRA" --baseline)       # the folder of Q_BASE's evaluation follows
 
     # Line 1, the input: personas U and gold responses G. (The tasks T are there.)

@@ -4,7 +4,6 @@
 # In a first pass `stage` only notes its commands, for plan.py to check and to count; in the second it runs them.
 planning=yes n=0 total=0 what='' running='' serving='' serving_model='' SERVE_PORT=${SERVE_PORT:-8811}
 notes=$(mktemp -d)                              # the first pass writes nothing into RUN
-export AWAY_FILE=$notes/away                    # a stage leaves it beside status 75, of which accelerate makes 1
 trap 'end "$running"; end "$serving"; rm -rf "$notes"; kill $server 2> /dev/null || true' EXIT
 trap 'exit 129' HUP
 trap 'exit 130' INT
@@ -65,6 +64,7 @@ stage() {
     fi
     echo "$n/$total $1${what:+ $what}"
     local status pause=60 waited=0
+    export AWAY_FILE=$RUN/run.away              # a stage leaves it beside status 75, of which accelerate makes 1
     while true; do
         status=0
         rm -f "$AWAY_FILE"

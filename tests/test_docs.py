@@ -15,12 +15,13 @@ from conftest import ROOT
 
 STAGES = ["generate_personas", "gold", "simulate", "select", "train", "evaluate"]
 SCRIPTS = [f"{stage}.py" for stage in STAGES] + [
-    f"toy/{name}.py" for name in ("world", "server", "pretrain", "measure", "permute", "report")]
+    f"toy/{name}.py" for name in ("world", "server", "pretrain", "measure", "permute", "check")]
 PAGES = ["README.md", *(f"docs/{page.name}" for page in sorted((ROOT / "docs").glob("*.md")))]
 SOURCES = "".join((ROOT / file).read_text() for file in (*SCRIPTS, "common.py"))
 TEXTS = [*PAGES, "NOTES.md", "run.sh", *SCRIPTS]
 FOREIGN = set("--n --nnodes --index-url --nproc_per_node --config_file --tensor-parallel-size --generation-config "
-              "--gpu-memory-utilization --device --help --always --dirty".split())              # of other programs
+              "--gpu-memory-utilization --device --help --always --dirty --num_processes --rdzv_backend --rdzv_endpoint "
+              "--nodes --ntasks-per-node --gpus-per-node --time".split())               # of other programs
 Q, PAPER = "mistralai/Mistral-7B-Instruct-v0.2", {              # the published settings
     "generate_personas.py": "splits A=50,B=50,test=10 temperature 1.4 top-p 0.9 max-tokens 400",
     "gold.py": "temperature 0.0 top-p 0.9 max-tokens 300",
@@ -48,7 +49,8 @@ def blocks(name, language=""):
 @pytest.mark.parametrize("name", TEXTS)
 def test_flags_that_are_named_exist(name):
     text = (ROOT / name).read_text()
-    code = "".join([text, *(file.read_text() for file in (ROOT / "benchmarks").glob("*.py"))])   # (a diff adds flags)
+    more = [ROOT / "plan.py", *(ROOT / "benchmarks").glob("*.py")]
+    code = "".join([text, *(file.read_text() for file in more)])                                 # (a diff adds flags)
     known = flags(*SCRIPTS).union(re.findall(r'add_argument\("(--[a-z-]+)"', code))
     used = re.compile(r"(?<![\w-])--[a-z][a-z_-]*").findall
     assert set(used(text)) <= known | FOREIGN, f"{name} names {set(used(text)) - known - FOREIGN}"
@@ -124,7 +126,7 @@ def test_nothing_else_at_the_top_level_and_no_toy_in_the_core():
     tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True)
     tops = {line.split("/")[0] for line in tracked.stdout.splitlines()} if not tracked.returncode else {  # an archive
         path.name for path in ROOT.iterdir()} - {"runs", "__pycache__", ".pytest_cache"}
-    assert tops <= {*SCRIPTS, *("common.py run.sh requirements.txt requirements-dev.txt README.md NOTES.md LICENSE "
+    assert tops <= {*SCRIPTS, *("common.py run.sh stage.sh requirements.txt requirements-dev.txt README.md NOTES.md LICENSE "
                                 ".gitignore tests data toy configs benchmarks docs prompts report.py plan.py .ci").split()}
     for script in (*STAGES, "common"):
         code = re.sub(r'""".*?"""', "", (ROOT / f"{script}.py").read_text(), flags=re.S)
