@@ -813,7 +813,7 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescript
 def stage_parser(manual, output, limit="work on a seeded sample of N pairs"):
     """The parser of a stage, with the flags that all stages have. manual: the stage's docstring."""
     parser = argparse.ArgumentParser(description=manual, formatter_class=HelpFormatter)
-    parser.add_argument("--output", required=True, metavar="PATH", help=output)
+    parser.add_argument("--output", required=True, type=os.path.normpath, metavar="PATH", help=output)
     parser.add_argument("--seed", type=number(int, 0), default=42, help="of all randomness")
     parser.add_argument("--limit", type=natural, metavar="N", help=limit)
     return parser

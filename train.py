@@ -23,19 +23,19 @@ import json
 import math
 import os
 import shutil
+import subprocess
 from collections import defaultdict
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch.distributed.tensor import DTensor
 from torch.nn.utils.rnn import pad_sequence
-from torch.optim import AdamW
 
 from common import (add_data_flags, amount, fail, fraction, load_model, load_tokenizer, natural, pair_of,
                     read_conversations, read_gold, read_personas, read_tasks, response_form, run, sample_pairs, say,
                     scored_ids, settings_of, stage_parser, start_processes, take_output, tqdm, training_examples)
+from rounding import StochasticAdamW
 
 
 def example_chat(name, task, conversation, response=None):
@@ -118,37 +118,12 @@ def read_examples(args, tokenizer):
         f"{args.selected}: no example to train on ({left_out}). Run select.py, or raise --max-length.")
 
 
-class StochasticAdamW(AdamW):
-    """AdamW for bfloat16 weights that rounds up or down at random, so that the mean is exact: a step of a tenth of a
-    weight's last bit, which rounding to nearest loses, moves one weight in ten. The moments, too: beta2 = .999 moves
-    the second by .1 %, less than half its last bit. Where generators are alike, so is the rounding."""
-
-    @torch.no_grad()
-    def step(self, closure=None):
-        for p in [p for p in self.param_groups[0]["params"] if p.grad is not None]:         # float32 for one at a time
-            weight, grad = (t.to_local() if isinstance(t, DTensor) else t for t in (p, p.grad))         # FSDP: a shard
-            exact = torch.nn.Parameter(weight.float())
-            exact.grad = grad.float()
-            adam = AdamW([exact], lr=self.param_groups[0]["lr"], weight_decay=0.0, fused=True)
-            adam.state[exact] = {name: value.float() for name, value in self.state[p].items()}
-            adam.step()
-            self.state[p] = {name: value if name == "step" else rounded(value, self.generator)
-                             for name, value in adam.state[exact].items()}
-            weight.copy_(rounded(exact, self.generator))
-
-
-def rounded(x, generator):
-    """float32 -> bfloat16, its upper 16 bits; adding random ones to the lower carries in proportion to them."""
-    noise = torch.randint(2 ** 16, x.shape, generator=generator, dtype=torch.int32, device=x.device)
-    return (x.view(torch.int32) + noise & -2 ** 16).view(torch.float32).bfloat16()
-
-
 def fit(accelerator, model, args, training, validation, batches, folder):
     """One AdamW step on training[i], i in batch, for each of the batches; folder/log.jsonl tells of them. Returns the
     model, as Accelerate has wrapped it, and the outcome in words."""
     from transformers import get_cosine_schedule_with_warmup
-    optimizer = (StochasticAdamW if args.rounding == "stochastic" else AdamW)(
-        model.parameters(), lr=args.lr, weight_decay=0.0, fused=True)       # fused: without copies of all weights
+    kind = StochasticAdamW if args.rounding == "stochastic" else torch.optim.AdamW
+    optimizer = kind(model.parameters(), lr=args.lr, weight_decay=0.0, fused=True)     # fused: no copy of all weights
     optimizer.generator = torch.Generator(accelerator.device).manual_seed(args.seed)
     model, optimizer = accelerator.prepare(model, optimizer)
     # Not prepared: Accelerate would step it once for each process. Warm-up starts at 0, so a single step has none.
@@ -160,7 +135,7 @@ def fit(accelerator, model, args, training, validation, batches, folder):
     for batch in (bar := tqdm(batches, "steps", disable=not accelerator.is_main_process)):
         losses.append(mean_loss(accelerator, model, [training[i] for i in batch], args.micro_batch_size, learn=True))
         norm = accelerator.clip_grad_norm_(model.parameters(), args.clip)
-        norm = float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
+        norm = float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)          # under FSDP2 a shard
         if not math.isfinite(losses[-1] + norm):
             fail(f"step {len(losses)}: loss {losses[-1]}, norm of the gradient {norm}. Nothing is saved: lower --lr.")
         row = {"step": len(losses), "loss": losses[-1], "rate": schedule.get_last_lr()[0], "norm": norm}
@@ -176,9 +151,11 @@ def fit(accelerator, model, args, training, validation, batches, folder):
 
 def model_card(args, settings, data, outcome):
     """README.md of a trained folder: what it is, and what it was made from."""
+    commit = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=os.path.dirname(os.path.abspath(__file__)),
+                            capture_output=True, text=True).stdout.strip() or "unknown"
     return (f"---\nbase_model: {args.base}\nlibrary_name: transformers\ntags: [star-gate]\n---\n"
             f"A Questioner: `{args.base}`, fine-tuned by STaR-GATE's `train.py` to ask a user before it answers.\n\n"
-            f"- Data: {data}\n- Outcome: {outcome}\n\n"
+            f"- Data: {data}\n- Outcome: {outcome}\n- Code: commit {commit}\n\n"
             f"```json\n{json.dumps(settings, indent=1, ensure_ascii=False)}\n```\n")
 
 

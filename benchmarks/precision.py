@@ -27,6 +27,7 @@ from types import SimpleNamespace
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))                                   # the stages
 import common  # noqa: E402
+import rounding  # noqa: E402
 import train  # noqa: E402
 
 import torch  # noqa: E402
@@ -54,7 +55,7 @@ def noisy(std, noise, steps=186):
     start, gradient = (torch.randn(30_000) * std).bfloat16().float(), torch.randn(30_000)
     for name in list(PRECISIONS)[:3]:
         weights = torch.nn.Parameter(start.clone() if name == "float32" else start.bfloat16())
-        optimizer = (train.StochasticAdamW if "stochastic" in name else train.AdamW)(
+        optimizer = (rounding.StochasticAdamW if "stochastic" in name else torch.optim.AdamW)(
             [weights], lr=RATE, weight_decay=0.0, fused=True)
         optimizer.generator, draws = torch.Generator().manual_seed(0), torch.Generator().manual_seed(1)
         schedule = get_cosine_schedule_with_warmup(optimizer, steps // 10, steps)

@@ -30,7 +30,6 @@ import sys
 import tempfile
 import time
 import warnings
-from collections import Counter
 from pathlib import Path
 from statistics import median
 from types import SimpleNamespace
@@ -113,7 +112,7 @@ def compare_simulate(folder, args):
         local.model.lm_head.bias = torch.nn.Parameter(torch.zeros_like(local.model.lm_head.weight[:, 0]), False)
         local.model.lm_head.bias[local.tokenizer.eos_token_id] = 0.9 * math.log(args.words / 80)
     elicitation = texts(450, 450)
-    openings = [f"w{i} {elicitation} {texts(8, 20)}" for i in range(4 * args.rows // 10)]
+    openings = [f"w{i} {elicitation} {texts(8, 20)}" for i in range(2 * args.rows // 10)]
     users = [[texts(20, 80) for _ in range(30)] for _ in openings]                  # their time is not ours
 
     def wrapper(requests, temperature, top_p, max_tokens):
@@ -132,7 +131,7 @@ def compare_simulate(folder, args):
                 yield key, common.Reply(text.strip())
 
     def run(generate):
-        rows = {(pair, sample): {"turns": 3, "conversation": [], "cut": 0, "usage": Counter()}
+        rows = {(pair, sample): {"turns": 3, "conversation": [], "cut": 0}
                 for pair in range(len(openings)) for sample in range(10)}
 
         def ask(alive, turn):
@@ -310,7 +309,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", choices=(*COMPARISONS, "scaling"), default=[*COMPARISONS, "scaling"])
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--rows", type=int, default=20, help="answers side by side; four times as many conversations")
+    parser.add_argument("--rows", type=int, default=20, help="answers side by side; twice as many conversations")
     parser.add_argument("--words", type=int, default=1000, help="the vocabulary")
     parser.add_argument("--hidden", type=int, default=384, help="width; 4096 is a 7B's")
     parser.add_argument("--layers", type=int, default=6, help="32 is a 7B's")

@@ -19,6 +19,7 @@ from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import common
+import rounding
 import train
 from conftest import END_OF_TURN, ROOT, TEMPLATES, make_model, make_tokenizer, save_model, write_rows
 
@@ -283,7 +284,7 @@ def test_running_out_of_memory_and_diverging_are_one_line(run, world, tiny, monk
 def test_an_infinite_gradient_does_not_reach_the_weights(run, world, tiny, monkeypatch):
     selected(world)
     monkeypatch.setattr(Accelerator, "clip_grad_norm_", lambda *_: torch.tensor(math.inf))
-    monkeypatch.setattr(train.AdamW, "step", None)
+    monkeypatch.setattr(torch.optim.AdamW, "step", None)
     _, err = run(train, *train_flags(world, tiny, "m"), status=2)
     assert "norm of the gradient inf" in err
 
@@ -294,14 +295,14 @@ def test_rounding_at_random_is_right_on_average_and_nowhere_far_off():
     generator = torch.Generator().manual_seed(0)
     for number in (1 + 2 ** -10, -1 - 2 ** -10, 3e-5, -0.3, 1.9999, 1e-30, 2.0 ** 127 * 1.001):
         x = torch.full((100_000,), number)
-        y = train.rounded(x, generator)
+        y = rounding.rounded(x, generator)
         assert y.dtype == torch.bfloat16 and len(y.unique()) == 2
         last_bit = (y.max().double() - y.min().double()).item()
         assert abs(y.double().mean().item() - x[0].double().item()) < 0.01 * last_bit
         assert x[0].bfloat16() in y.unique() and last_bit <= abs(number) / 2 ** 7
     exact = torch.randn(1000).bfloat16().float()
     exact[:3] = torch.tensor([0.0, -0.0, math.inf])
-    assert torch.equal(train.rounded(exact, generator).float(), exact), "what bfloat16 has is kept"
+    assert torch.equal(rounding.rounded(exact, generator).float(), exact), "what bfloat16 has is kept"
 
 
 def test_steps_below_half_a_last_bit_count_on_average():
@@ -309,7 +310,7 @@ def test_steps_below_half_a_last_bit_count_on_average():
     start = torch.tensor([0.02, -0.3, 1.0]).bfloat16().float().repeat_interleave(4000)
     runs = {name: torch.nn.Parameter(start.clone().to(dtype)) for name, dtype in (
         ("float32", torch.float32), ("nearest", torch.bfloat16), ("stochastic", torch.bfloat16))}
-    optimizers = {name: (train.StochasticAdamW if name == "stochastic" else torch.optim.AdamW)(
+    optimizers = {name: (rounding.StochasticAdamW if name == "stochastic" else torch.optim.AdamW)(
         [weight], lr=2e-5, weight_decay=0.0, fused=True) for name, weight in runs.items()}
     optimizers["stochastic"].generator = torch.Generator().manual_seed(0)
     for t in range(200):
