@@ -1,6 +1,6 @@
 """Plumbing that the six stages share: rows on disk, chats as token ids, and the two kinds of model. No algorithm.
 
-    rows      read_tasks, read_personas, read_gold, read_conversations, all_pairs, Rows, write_results
+    rows      read_tasks, read_personas, read_gold, read_conversations, all_pairs, Rows
     chats     response_form, prompt_ids, training_examples, scored_ids
     models    "mistralai/Mistral-7B-Instruct-v0.2"     a folder or hub name: Hugging Face, on this machine
               "openai:gpt-5@https://my.server/v1"      any OpenAI-compatible server ("@URL" is optional)
@@ -17,7 +17,6 @@ import os
 import re
 import sys
 from bisect import bisect_left, bisect_right
-from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from functools import lru_cache
 from glob import escape, glob
@@ -288,27 +287,6 @@ class Rows(dict):
         """ "PATH: 500 rows, 3 refused, 2 cut at --max-tokens": the beginning of a stage's last line."""
         refused, cut = (sum(mark in row for row in self.values()) for mark in ("refused", "cut"))
         return f"{self.path}: {len(self)} rows, {refused} refused, {cut} cut at --max-tokens"
-
-
-RESULT_KEY = {"variant": str, "iteration": int, "metric": str, "condition": str, "roleplayer": str, "split": str}
-
-
-def read_results(path):
-    """Rows of results.jsonl: RESULT_KEY + `mean`, `sem`, `n`."""
-    fields = {"mean": float | int | None, "sem": float | int | None, "n": int}
-    return list(read_rows(path, RESULT_KEY, fields)) if Path(path).exists() else []
-
-
-def write_results(path, rows):
-    """Prints rows and adds them to results.jsonl; a row for the same combination of RESULT_KEY is replaced."""
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    with open(f"{path}.lock", "a") as lock:                     # evaluations may run side by side
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        results = {tuple(row[name] for name in RESULT_KEY): row for row in [*read_results(path), *rows]}
-        write_whole(path, "".join(json.dumps(results[key]) + "\n" for key in sorted(results)))
-    for row in rows:
-        value = " ± ".join(f"{row[name]:.3f}" for name in ("mean", "sem") if row[name] is not None)
-        print(f"{row['variant']}, t = {row['iteration']}: {row['metric']} {row['condition']} {value} (n = {row['n']})")
 
 
 # ---------------------------------------------------------------- chats: lists of messages until the tokenizer
@@ -762,25 +740,6 @@ def say(processes, *lines):
     """Prints on the main process alone."""
     if processes.is_main_process:
         print(*map(printable, lines), sep="\n", flush=True)
-
-
-# ---------------------------------------------------------------- statistics
-
-def mean_sem(values):
-    """{"mean", "sem": standard error, "n"} of one value a pair; the SEM of fewer than two values is None."""
-    n = len(values)
-    return {"mean": float(np.mean(values)) if n > 0 else None,
-            "sem": float(np.std(values, ddof=1) / n ** 0.5) if n > 1 else None, "n": n}
-
-
-def by_pair(rows, value):
-    """{(task_id, persona_id): mean over its samples}: a pair's samples are not independent of one another. A value that
-    is None is left out."""
-    groups = defaultdict(list)
-    for row in rows:
-        if row[value] is not None:
-            groups[pair_of(row)].append(row[value])
-    return {pair: float(np.mean(group)) for pair, group in groups.items()}
 
 
 # ---------------------------------------------------------------- command line

@@ -26,11 +26,11 @@ The paper's scale, 5,000 conversations and 300 verdicts:
 import re
 from collections import Counter, defaultdict
 
-from common import (PAIR, Request, Rows, SAMPLE, add_data_flags, add_model_flags, amount, announce, answer_all, by_pair,
-                    fail, fingerprint, key_of, mean_sem, natural, nucleus, number, pair_of, read_conversations,
-                    read_gold, read_personas, read_prompt, read_rows, read_settings, read_tasks, response_form, run,
-                    sample_pairs, say, score_all, seed_for, settings_of, stage_parser, start_processes, write_results)
-from report import interval_95, sem_two_way
+from common import (PAIR, Request, Rows, SAMPLE, add_data_flags, add_model_flags, amount, announce, answer_all, fail,
+                    fingerprint, key_of, natural, nucleus, number, pair_of, read_conversations, read_gold,
+                    read_personas, read_prompt, read_rows, read_settings, read_tasks, response_form, run, sample_pairs,
+                    say, score_all, seed_for, settings_of, stage_parser, start_processes)
+from report import by_pair, interval_95, mean_sem, sem_two_way, write_results
 
 JUDGE_SYSTEM_PROMPT = read_prompt("judge_system")  # figure 15
 JUDGE_PROMPT = read_prompt("judge_user")  # figure 16
@@ -107,8 +107,7 @@ def combine(verdicts):
 def parse_args():
     parser = stage_parser(__doc__, "folder of the per-pair rows")
     parser.add_argument("--results", default="runs/results.jsonl", help="gets a row for each mean; a rerun replaces it")
-    parser.add_argument("--base", default="mistralai/Mistral-7B-Instruct-v0.2",
-                        help="Q_BASE scores the golds")
+    parser.add_argument("--base", default="mistralai/Mistral-7B-Instruct-v0.2", help="Q_BASE scores the golds")
     parser.add_argument("--questioner", default="mistralai/Mistral-7B-Instruct-v0.2", help="Q_t responds")
     parser.add_argument("--judge", help="names the better response; the paper: gpt-4-0613, which is no more")
     add_data_flags(parser)
@@ -122,8 +121,7 @@ def parse_args():
     parser.add_argument("--metrics", nargs="+", choices=("log_prob", "win_rate"), default=["log_prob", "win_rate"],
                         help="what to measure")
     parser.add_argument("--win-pairs", type=natural, default=300, help="pairs judged, as many of each length")
-    parser.add_argument("--both-orders", action="store_true",
-                        help="judge each pair in both orders; a disagreement is a tie")
+    parser.add_argument("--both-orders", action="store_true", help="judge each pair twice; a disagreement is a tie")
     parser.add_argument("--max-tokens", type=natural, default=700, help="length of a response")
     parser.add_argument("--temperature", type=amount, default=0.0, help="of the responses; 0: greedy")
     parser.add_argument("--judge-max-tokens", type=natural, default=300, help="length of a verdict")

@@ -2,20 +2,58 @@
 
     python report.py runs/paper
 
-It reads the run's results.jsonl, to which each evaluate.py adds its means, and needs no model and no server. The
-statistics of these means stand here, too.
+It reads the run's results.jsonl, to which each evaluate.py adds its means, and needs no model and no server. The rows of
+that file, and the statistics in them, stand here, too.
 """
 import argparse
+import fcntl
+import json
 import math
 from collections import defaultdict
+from pathlib import Path
 
-from common import fail, read_results, run
+import numpy as np
 
-TITLES = {"gold_log_prob": "Log-probability of the gold responses under Q_BASE (nats; mean ± SEM over pairs)",
-          "gold_log_prob_gain": "Gain in gold log-probability over Q_BASE (nats; mean ± SEM of paired differences)",
-          "win_rate": "Win rate against Q_BASE (wins + half the ties, ± SEM, over readable verdicts)"}
-CONDITIONS = {"q_experimental": "Q-Experimental", "q_random": "Q-Random", "negative_control": "negative control",
-              "positive_control": "positive control", "": ""}
+from common import fail, pair_of, read_rows, run, write_whole
+
+RESULT_KEY = {"variant": str, "iteration": int, "metric": str, "condition": str, "roleplayer": str, "split": str}
+
+
+def read_results(path):
+    """Rows of results.jsonl: RESULT_KEY + `mean`, `sem`, `n`."""
+    fields = {"mean": float | int | None, "sem": float | int | None, "n": int}
+    return list(read_rows(path, RESULT_KEY, fields)) if Path(path).exists() else []
+
+
+def write_results(path, rows):
+    """Prints rows and adds them to results.jsonl; a row for the same combination of RESULT_KEY is replaced."""
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    with open(f"{path}.lock", "a") as lock:                     # evaluations may run side by side
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        results = {tuple(row[name] for name in RESULT_KEY): row for row in [*read_results(path), *rows]}
+        write_whole(path, "".join(json.dumps(results[key]) + "\n" for key in sorted(results)))
+    for row in rows:
+        value = " ± ".join(f"{row[name]:.3f}" for name in ("mean", "sem") if row[name] is not None)
+        print(f"{row['variant']}, t = {row['iteration']}: {row['metric']} {row['condition']} {value} (n = {row['n']})")
+
+
+# ---------------------------------------------------------------- statistics
+
+def mean_sem(values):
+    """{"mean", "sem": standard error, "n"} of one value a pair; the SEM of fewer than two values is None."""
+    n = len(values)
+    return {"mean": float(np.mean(values)) if n > 0 else None,
+            "sem": float(np.std(values, ddof=1) / n ** 0.5) if n > 1 else None, "n": n}
+
+
+def by_pair(rows, value):
+    """{(task_id, persona_id): mean over its samples}: a pair's samples are not independent of one another. A value that
+    is None is left out."""
+    groups = defaultdict(list)
+    for row in rows:
+        if row[value] is not None:
+            groups[pair_of(row)].append(row[value])
+    return {pair: float(np.mean(group)) for pair, group in groups.items()}
 
 
 def sem_two_way(values):
@@ -47,6 +85,15 @@ def interval_95(values, share=False):
     n = mean * (1 - mean) / sem ** 2 if sem else len(values)
     half = q * math.sqrt(mean * (1 - mean) / n + q * q / (4 * n * n))
     return [float((mean + q * q / (2 * n) + side) / (1 + q * q / n)) for side in (-half, half)]
+
+
+# ---------------------------------------------------------------- tables
+
+TITLES = {"gold_log_prob": "Log-probability of the gold responses under Q_BASE (nats; mean ± SEM over pairs)",
+          "gold_log_prob_gain": "Gain in gold log-probability over Q_BASE (nats; mean ± SEM of paired differences)",
+          "win_rate": "Win rate against Q_BASE (wins + half the ties, ± SEM, over readable verdicts)"}
+CONDITIONS = {"q_experimental": "Q-Experimental", "q_random": "Q-Random", "negative_control": "negative control",
+              "positive_control": "positive control", "": ""}
 
 
 def table(results, metric, title, cell=None):

@@ -2,7 +2,6 @@
 blocks of conversations at a time."""
 import json
 import socket
-import threading
 import time
 
 import pytest

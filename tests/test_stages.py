@@ -426,10 +426,10 @@ def test_two_orders_combine():
 
 
 def test_standard_errors_by_hand():
-    assert common.mean_sem([1.0, 2.0, 6.0]) == {"mean": 3.0, "sem": pytest.approx(math.sqrt(7.0 / 3)), "n": 3}
-    assert common.mean_sem([1.0]) == {"mean": 1.0, "sem": None, "n": 1} and common.mean_sem([])["mean"] is None
+    assert report.mean_sem([1.0, 2.0, 6.0]) == {"mean": 3.0, "sem": pytest.approx(math.sqrt(7.0 / 3)), "n": 3}
+    assert report.mean_sem([1.0]) == {"mean": 1.0, "sem": None, "n": 1} and report.mean_sem([])["mean"] is None
     rows = [{"task_id": "t", "persona_id": p, "x": x} for p, x in (("a", 1.0), ("a", 3.0), ("b", 10.0))]
-    assert common.by_pair(rows, "x") == {("t", "a"): 2.0, ("t", "b"): 10.0}
+    assert report.by_pair(rows, "x") == {("t", "a"): 2.0, ("t", "b"): 10.0}
     # x = task effect alone (0, 0, 6, 6): all of the error is between tasks. By task: 2/1 * (6^2 + 6^2) / 16 = 9;
     # by persona: 0; by pair: 4/3 * 4 * 3^2 / 16 = 3; together 6. Pairs alone would say sqrt(3).
     values = {("t0", "a"): 0.0, ("t0", "b"): 0.0, ("t1", "a"): 6.0, ("t1", "b"): 6.0}
@@ -532,7 +532,7 @@ def test_like_is_compared_with_like(run, world, tiny, server, short):
 
 
 def test_two_evaluations_may_write_results_side_by_side(tmp_path):
-    code = ("import sys; sys.path.append('.'); import common\nfor t in range(30):\n    common.write_results(sys.argv[1], "
+    code = ("import sys; sys.path.append('.'); import report\nfor t in range(30):\n    report.write_results(sys.argv[1], "
             "[{'variant': sys.argv[2], 'iteration': t, 'metric': 'm', 'condition': '', 'roleplayer': 'r', 'split': 's', "
             "'mean': 0.5, 'sem': None, 'n': 1}])")
     both = [subprocess.Popen([sys.executable, "-c", code, str(tmp_path / "r.jsonl"), name], cwd=ROOT) for name in "ab"]

@@ -18,9 +18,8 @@ import measure
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the stages; first, since PyPI has an "evaluate", too
 import evaluate  # noqa: E402
-from common import (PAIR, RESULT_KEY, fail, key_of, read_conversations, read_personas, read_results,  # noqa: E402
-                    read_rows, read_tasks)
-from report import TITLES, table  # noqa: E402
+from common import PAIR, fail, key_of, read_conversations, read_personas, read_rows, read_tasks  # noqa: E402
+from report import RESULT_KEY, TITLES, read_results, table  # noqa: E402
 
 WIDTH = 58  # of a column of text
 

@@ -24,9 +24,9 @@ from pathlib import Path
 import world
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the stages; first, since PyPI has an "evaluate", too
-from common import (by_pair, fail, key_of, mean_sem, read_conversations, read_personas, read_tasks,  # noqa: E402
-                    run, write_results)
+from common import fail, key_of, read_conversations, read_personas, read_tasks, run  # noqa: E402
 from evaluate import read_responses, roleplayer_label  # noqa: E402
+from report import by_pair, mean_sem, write_results  # noqa: E402
 
 TITLES = {"relevant_share": "Questions about a fact that matters, each fact once (share; mean over pairs, SEM)",
           "coverage": "Facts that matter and were told, of the most that could be (share; mean over pairs, SEM)",
