@@ -323,8 +323,9 @@ def main():
         remove(plan.stale)
         plan = Plan(commands)
     problem = plan.stale and (
-        f"stale, by a changed setting or file: {', '.join(plan.why)}; and what was made from that, in all "
-        f"{', '.join(a.output for _, a in plan.stale)}. STALE=remove removes these; or undo the change, or give another RUN.")
+        f"{args.folder}: stale, by a changed setting or file: {', '.join(plan.why)}; with what was made from that, in all: "
+        f"{', '.join(stale.output for _, stale in plan.stale)}. STALE=remove removes these; or undo the change, or give "
+        "another RUN.").replace(f"{args.folder}/", "")
     if problem and not args.dry_run:
         fail(problem)
     room = tell(plan, args.folder)

@@ -46,6 +46,8 @@ for name in ITERATIONS LIMIT SAMPLES TEST_SAMPLES TASKS_PER_SPLIT GPUS WAIT_HOUR
     esac
 done
 
+[ -z "$GPUS" ] || [ -z "$LAUNCH" ] || refuse "GPUS=$GPUS is of no use beside LAUNCH=$LAUNCH: give one of them"
+
 case $MODE in
 toy | smoke)                                    # the embedded world (toy/): its users, Oracle and judge answer by rule
     if [ "$MODE" = toy ]; then
@@ -79,7 +81,7 @@ small | paper)
     if [ "$MODE" = small ]; then                # the method on one card: docs/scale.md, "A small run", says why so
         VARIANTS=${VARIANTS:-main no_reg} ITERATIONS=${ITERATIONS:-2} TEST_SAMPLES=${TEST_SAMPLES:-4}
         TASKS_PER_SPLIT=${TASKS_PER_SPLIT:-20} PERSONA_SPLITS=${PERSONA_SPLITS:-A=10,B=10,test=10}
-        BASE=${BASE:-Qwen/Qwen2.5-0.5B-Instruct} LAUNCH=${LAUNCH:-python}
+        BASE=${BASE:-Qwen/Qwen2.5-0.5B-Instruct} GPUS=${GPUS:-1}
         ANSWER=(--max-tokens 300)
         SCORE=(--batch-size 32)                 # 150,000 words: at 64 the logits alone could have 20 GB
         # 190 examples: two epochs of small batches are 48 steps; at 64 and one epoch it would be 3

@@ -62,7 +62,7 @@ def done(run, commands, short, select_stage):
 
 
 def stale(said):
-    return [name for name in ("gold.jsonl", "c.jsonl", "s.jsonl", "model") if f"/{name}" in said.split("in all ")[-1]]
+    return said.partition("in all: ")[2].partition(". STALE=remove")[0].split(", ") if "in all: " in said else []
 
 
 def test_a_new_run_is_counted(commands, planned, world):

@@ -17,7 +17,7 @@ case "$1 $2" in
 "-c import fcntl"*)                                               # run.sh's locks are real
     exec REAL "$@" ;;
 plan.py*)
-    exit 0 ;;
+    echo "$*" >> "$RECORD.plans" ;;
 toy/server.py*)                                                   # says where it listens, and stays, as the real one does
     printf '%s\\t' "$@" >> "$RECORD"; echo >> "$RECORD"
     while [ $# -gt 0 ]; do [ "$1" = --port-file ] && echo http://127.0.0.1:1/v1 > "$2"; shift; done
@@ -228,6 +228,7 @@ def test_a_limit_holds_for_every_stage(record):
 @pytest.mark.parametrize("mode, more, said", [
     ("smoke", {"VARIANTS": "main no-reg"}, "no variant no-reg"), ("toy", {"VARIANTS": "base_answers main"}, "comes after main"),
     ("toy", {"ITERATIONS": "0"}, "not a whole number above 0"), ("toy", {"ITERATIONS": "two"}, "not a whole number above 0"),
+    ("paper", {"GPUS": "2", "LAUNCH": "python"}, "GPUS=2 is of no use beside LAUNCH=python"),
     ("toy", {"LIMIT": "abc"}, "LIMIT=abc is not a whole number"), ("toy", {"SAMPLES": "1.5"}, "SAMPLES=1.5 is not a whole"),
     ("paper", {}, "set ORACLE"), ("small", {"ORACLE": "x"}, "set ROLEPLAYER"),
     ("paper", {"ORACLE": "x", "ROLEPLAYER": "y", "LAUNCH": ""}, "no GPU here (nvidia-smi -L)"),
@@ -250,6 +251,7 @@ def test_as_many_gpus_as_there_are(record):
     for more, number in (({}, "4"), ({"GPUS": "3"}, "3")):         # (the recorder's nvidia-smi shows four)
         assert {" ".join(flags["launch"]) for name, flags in record("paper", **who, **more) if name != "report.py"} == {
             f"launch --config_file configs/{name}.yaml --num_processes {number}" for name in ("ddp", "fsdp")}
+    assert all(flags["launch"] == [] for _, flags in record("small", **who)), "one card"
     record("paper", status=2, GPUS="5", **who)
     assert record.said == "run.sh: GPUS=5, but there are 4 here (nvidia-smi -L)\n"
     assert all(flags["launch"] == [] for _, flags in record("paper", GPUS="1", **who))
@@ -362,6 +364,7 @@ def test_one_run_at_a_time(bash, record, tmp_path):
     for mode in ("smoke", "toy"):
         second = bash(mode)
         assert second.communicate(timeout=20)[1] == f"run.sh: another run is at work in {tmp_path}/r\n" and second.returncode == 2
+    assert len((tmp_path / "record.plans").read_text().splitlines()) == 1, "which might remove what is stale"
     assert process.poll() is None and alive(stage) and (tmp_path / "r/tasks.jsonl").read_text() == tasks
     process.terminate()
     process.wait(timeout=20)
