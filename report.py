@@ -107,18 +107,19 @@ def table(results, metric, title, cell=None):
         f"{row[name]:.{digits}f}" for name in ("mean", "sem") if row[name] is not None))
     numbers, several = {row["n"] for row in rows}, len({row["roleplayer"] for row in rows}) > 1
     iterations = sorted({row["iteration"] for row in rows})
-    lines = defaultdict(dict)                                   # label -> {iteration: text}
+    lines = defaultdict(dict)                                   # (condition, label) -> {iteration: text}
     for row in sorted(rows, key=lambda row: (list(CONDITIONS).index(row["condition"]), row["variant"] != "main",
                                              row["variant"], row["roleplayer"])):
-        label = CONDITIONS[row["condition"]]
+        condition, label = CONDITIONS[row["condition"]], ""
         if not row["condition"].endswith("control"):
-            label = ", ".join(filter(None, (label, row["variant"]))) + (f" ({row['roleplayer']})" if several else "")
-        lines[label][row["iteration"]] = cell(row)
-    width = max(map(len, lines))
+            label = "  " * bool(condition) + row["variant"] + (f" ({row['roleplayer']})" if several else "")
+            lines[condition, ""] = {}
+        lines[condition, label][row["iteration"]] = cell(row)
+    width = max(len(label or condition) for condition, label in lines)
     return ["", f"{title}; n = {' to '.join(map(str, sorted({min(numbers), max(numbers)})))}",
-            " " * width + "".join(f"{f't={t}' if t else 'Q_BASE':>18}" for t in iterations),
-            *(f"{label:<{width}}" + "".join(f"{line.get(t, ''):>18}" for t in iterations)
-              for label, line in lines.items())]
+            " " * width + "".join(f"{f't={t}' if t else 'Q_BASE':>16}" for t in iterations),
+            *((f"{label or condition:<{width}}" + "".join(f"{line.get(t, ''):>16}" for t in iterations)).rstrip()
+              for (condition, label), line in lines.items() if label or condition)]
 
 
 def tables(results):

@@ -547,6 +547,6 @@ def test_a_table_in_the_papers_layout():
                             row(1, "q_experimental", -350.86), row(0, "q_random", -369.96)], "gold_log_prob", "Title")
     assert [line.split() for line in lines[1:]] == [
         ["Title;", "n", "=", "500"], ["Q_BASE", "t=1"],
-        "Q-Experimental, main -359.81 ± 1.20 -350.86 ± 1.20".split(),
-        "Q-Random, main -369.96 ± 1.20 -363.47 ± 1.20".split(),
+        ["Q-Experimental"], "main -359.81 ± 1.20 -350.86 ± 1.20".split(),
+        ["Q-Random"], "main -369.96 ± 1.20 -363.47 ± 1.20".split(),
         "positive control -267.47 ± 1.20".split()]

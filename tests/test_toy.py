@@ -432,7 +432,8 @@ def test_report_of_two_runs(tmp_path):
     done = subprocess.run([*command, tmp_path / "1", tmp_path / "2"], capture_output=True, text=True, check=True)
     assert done.stdout.count("Does it hold in") == 2 and "NO " not in done.stdout and "over 2 seeds" in done.stdout
     line = next(line for line in done.stdout.splitlines() if line.startswith("assistant: What is your pet?"))
-    assert line.index("assistant: What is your job?") == 60 and "[Q_1]" in done.stdout and text in done.stdout
+    assert line.index("assistant: What is your job?") == 51 and "[Q_1]" in done.stdout
+    assert text in " ".join(done.stdout.split()) and max(map(len, done.stdout.splitlines())) <= 100
     (tmp_path / "1/results.jsonl").write_text("")
     done = subprocess.run([*command, tmp_path / "1"], capture_output=True, text=True)
     assert done.returncode == 2 and "no results of an iteration" in done.stderr and "Traceback" not in done.stderr

@@ -21,7 +21,7 @@ import evaluate  # noqa: E402
 from common import PAIR, fail, key_of, read_conversations, read_personas, read_rows, read_tasks  # noqa: E402
 from report import RESULT_KEY, TITLES, read_results, table  # noqa: E402
 
-WIDTH = 58  # of a column of text
+WIDTH = 49  # of a column of text: two stand side by side in 100
 
 
 def over_seeds(runs):
@@ -202,9 +202,13 @@ def side_by_side(run, split, count):
         task, persona = tasks[key[0]], personas[key[1]]
         left, right = (lines_of(talk[key], answer[key]["response"], who)
                        for talk, answer, who in zip(talks, answers, ("Q_BASE", f"Q_{last}")))
-        lines += ["", task["task"], persona["persona"], ""]
+        lines += ["", task["task"], *textwrap.wrap(persona["persona"], 2 * WIDTH + 2), ""]
         lines += [f"{a:<{WIDTH}}  {b}".rstrip() for a, b in zip_longest(left, right, fillvalue="")]
     return lines
+
+
+def say(line):
+    print(textwrap.fill(line, 2 * WIDTH + 2, subsequent_indent=" " * 5))
 
 
 def parse_args():
@@ -234,10 +238,10 @@ def main():
     for run, rows in runs.items():
         print(f"\nDoes it hold in {run}?")
         for what, holds, figures in findings(rows):
-            print(f"{ {True: 'yes', False: 'NO ', None: '-- '}[holds]}  {what}: {figures}")
+            say(f"{ {True: 'yes', False: 'NO ', None: '-- '}[holds]}  {what}: {figures}")
         for t, ours, base in sharpening(rows):
             share = f"sharpening: {(ours - base) / (ours - 0.5):.0%} of the win" if ours > 0.5 else "no win"
-            print(f"     t = {t}: main wins {ours:.3f}, with Q_BASE's answers on its conversations {base:.3f}; {share}")
+            say(f"     t = {t}: main wins {ours:.3f}, with Q_BASE's answers on its conversations {base:.3f}; {share}")
     print(*side_by_side(args.runs[0], args.split, args.conversations), sep="\n")
 
 

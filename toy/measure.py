@@ -29,7 +29,7 @@ from evaluate import read_responses, roleplayer_label  # noqa: E402
 from report import by_pair, mean_sem, write_results  # noqa: E402
 
 TITLES = {"relevant_share": "Questions about a fact that matters, each fact once (share; mean over pairs, SEM)",
-          "coverage": "Facts that matter and were told, of the most that could be (share; mean over pairs, SEM)",
+          "coverage": "Facts that matter and were told, of those possible (share; mean over pairs, SEM)",
           "question_share": "Responses that are another question (share; mean over pairs, SEM)",
           "invented_facts": "Invented facts in a response (mean over pairs, SEM)"}
 
