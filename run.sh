@@ -91,6 +91,7 @@ small | paper)
         # Q_BASE: a local folder or a name on the hub. It is scored with, and is trained: always Hugging Face.
         BASE=${BASE:-mistralai/Mistral-7B-Instruct-v0.2}
         PERSONA_SPLITS=${PERSONA_SPLITS:-A=50,B=50,test=10}
+        LEARN=(--rounding stochastic)           # to nearest, as published, bfloat16 loses most steps: docs/precision.md
     fi
     SAMPLES=${SAMPLES:-10}
     TASKS=${TASKS:-data/tasks.jsonl}
