@@ -66,17 +66,20 @@ def files_of(stage, args):
     return [args.output, *([f"{args.output.removesuffix('.jsonl')}.{beside}.jsonl"] if beside else [])]
 
 
+GONE = set()                                                    # stale outputs, for a plan that makes them anew
+
+
 def begun(path):
-    return os.path.exists(path) or bool(unfinished(path))
+    return path not in GONE and (os.path.exists(path) or bool(unfinished(path)))
 
 
 def finished(path):
-    return os.path.exists(path) and not unfinished(path)
+    return path not in GONE and os.path.exists(path) and not unfinished(path)
 
 
 def rows_of(path):
     """The rows of an output, finished or not; none of a line that a kill has torn."""
-    for file in filter(os.path.exists, (path, *unfinished(path))):
+    for file in filter(os.path.exists, (path, *unfinished(path)) if begun(path) else ()):
         for line in open(file, "rb"):
             try:
                 yield json.loads(line)
@@ -110,6 +113,7 @@ class Plan:
         self.people, self.talks = {}, {}                        # what will be in a file of personas, of conversations
         self.calls, self.asked = defaultdict(Counter), {}       # (role, model) -> calls, tokens; -> (stage, args)
         self.work, self.models = Counter(), []                  # done by this machine; (Q_BASE, dtype) of each training
+        self.here = {}                                          # models that are opened on this machine, in order
         for stage, args, command in commands:
             if stage:
                 self.add(stage, args)
@@ -120,11 +124,16 @@ class Plan:
     def add(self, stage, args):
         if args.output in self.state:                           # variants share Q_BASE's conversations
             return
-        for name in ("tasks", "personas", "gold", "examples", "conversations", "selected"):
+        for name in ("tasks", "personas", "gold", "examples", "conversations", "selected", "response_prompt"):
             path = getattr(args, name, None)
             read = path and (name != "gold" or getattr(args, "target", "gold") == "gold")
             if read and path not in self.state and not os.path.isfile(path):
-                fail(f"{path}: there is no such file (--{name} of {stage}.py)")
+                fail(f"{path}: there is no such file (--{name.replace('_', '-')} of {stage}.py)")
+        if getattr(args, "dry_run", False):
+            fail(f"--dry-run of {stage}.py: nothing would be made that the next stage could read. Say DRY_RUN=1")
+        for file in filter(begun, files_of(stage, args)):
+            if not os.path.exists(f"{file}.settings.json"):     # somebody's own: not to be taken over, nor removed
+                fail(f"{file}: not written by {stage}.py. Move it away, or give another RUN.")
         left, files = getattr(self, stage)(args), files_of(stage, args)
         inputs = [path for path in map(path_in, vars(args).values()) if isinstance(path, str) and path != args.output]
         bad = [path for path in inputs if self.state.get(path, "done") != "done"]
@@ -139,6 +148,10 @@ class Plan:
             self.state[args.output] = ("done" if not left else f"would grow by {left:,} rows" if all(map(finished, files))
                                        else "is not finished")
         self.work["done"] += self.state[args.output] == "done"
+        for name in ("base", "questioner", "model", "oracle", "roleplayer", "judge"):
+            spec = getattr(args, name, None) or "openai:"
+            if self.state[args.output] != "done" and spec not in self.state and not spec.startswith("openai:"):
+                self.here[spec] = name
 
     # What a stage leaves to do. It returns the number of rows (or models) that are not there.
 
@@ -182,7 +195,9 @@ class Plan:
         return left
 
     def train(self, args):
-        left = not os.path.exists(args.output)
+        left = not finished(args.output)
+        if left and (args.dtype, args.rounding) == ("float32", "stochastic"):
+            fail("--rounding stochastic of train.py: float32 weights lose nothing that it could keep. Leave it out.")
         self.work["trainings"] += left
         self.models += [(args.base, args.dtype)] * left
         return left
@@ -264,6 +279,14 @@ def tell(plan, folder):
     return free - sum(filter(None, sizes))
 
 
+def open_first(plan):
+    """Tokenizer and configuration of each model that is opened here, as its stage would: a wrong name is found now."""
+    for path in plan.here:
+        from transformers import AutoConfig
+        common.load_tokenizer(path)
+        common.load(AutoConfig, path)
+
+
 def ask_first(plan):
     """One real question to each server that the plan asks, as its stage would: before hours of work, not after."""
     persona, response = None, "Here is a general answer that would suit anybody."
@@ -301,12 +324,16 @@ def ask_first(plan):
 
 
 def remove(stale):
-    """Removes stale outputs, and nothing else."""
+    """Removes stale outputs, and nothing else; from the results, all rows of their split. A variant that is not run now
+    may be as stale. Each that is run writes its rows again."""
     for stage, args in stale:
         for file in files_of(stage, args):
             for path in (file, *unfinished(file), f"{file}.settings.json"):
                 shutil.rmtree(path) if os.path.isdir(path) else Path(path).unlink(missing_ok=True)
         print(f"removed, since it was stale: {args.output}")
+    for results, split in {(args.results, args.split) for stage, args in stale if stage == "evaluate"}:
+        if os.path.exists(results):
+            common.write_whole(results, "".join(json.dumps(row) + "\n" for row in rows_of(results) if row["split"] != split))
 
 
 def main():
@@ -318,24 +345,29 @@ def main():
     parser.add_argument("--ask", action="store_true", help="ask each server one question")
     args = parser.parse_args()
     argparse.ArgumentParser.error = lambda _, message: fail(message)       # of the stages: a line, and no usage
+    GONE.clear()
     plan = Plan(commands := list(read_commands(args.commands)))
-    if plan.stale and args.stale and not args.dry_run:
-        remove(plan.stale)
-        plan = Plan(commands)
-    problem = plan.stale and (
+    stale = plan.stale
+    problem = stale and (
         f"{args.folder}: stale, by a changed setting or file: {', '.join(plan.why)}; with what was made from that, in all: "
-        f"{', '.join(stale.output for _, stale in plan.stale)}. STALE=remove removes these; or undo the change, or give "
+        f"{', '.join(old.output for _, old in stale)}. STALE=remove removes these; or undo the change, or give "
         "another RUN.").replace(f"{args.folder}/", "")
-    if problem and not args.dry_run:
+    if problem and not args.dry_run and not args.stale:
         fail(problem)
-    room = tell(plan, args.folder)
-    if problem:
-        print(f"  {problem}")
+    if stale:                                                   # count what is left once they are removed
+        GONE.update(file for old in stale for file in files_of(*old))
+        plan = Plan(commands)
+    room = tell(plan, args.folder) + sum(file.stat().st_size for path in GONE for file in Path(path).rglob("*"))
+    if problem and args.dry_run:
+        print(f"  This counts what is stale as not there. {problem}")
     if room < 0 and not args.dry_run:
         fail(f"{args.folder}: the models to come need {-room / 1e9:.1f} GB more than are free. Make room, or give "
              "another RUN.")
-    if args.ask and not args.dry_run:
-        ask_first(plan)
+    if not args.dry_run:
+        open_first(plan)
+        if args.ask:
+            ask_first(plan)
+        remove(stale)
 
 
 if __name__ == "__main__":

@@ -135,14 +135,17 @@ for variant in $VARIANTS; do
         refuse "no variant $variant; there are: main base_answers other_user no_reg gold random permuted" ;;
     esac
 done
+users=" ${ROLEPLAYER%@http*} "
 for user in $OTHER_ROLEPLAYER; do               # the tables tell users apart by name alone
-    [[ " $VARIANTS " != *" other_user "* || ${user%@http*} != "${ROLEPLAYER%@http*}" ]] ||
-        refuse "OTHER_ROLEPLAYER is the same model as ROLEPLAYER"
+    [[ " $VARIANTS " != *" other_user "* || $users != *" ${user%@http*} "* ]] ||
+        refuse "OTHER_ROLEPLAYER: ${user%@http*} is the same model as ROLEPLAYER, or there twice"
+    users+="${user%@http*} "
 done
 
 if [ -n "$LIMIT" ]; then                        # n pairs have at most n personas
     limited=''
     for part in ${PERSONA_SPLITS//,/ }; do
+        [[ $part =~ ^[^=]+=[1-9][0-9]{0,8}$ ]] || refuse "PERSONA_SPLITS: $part is not as A=50"
         [ "${part#*=}" -le "$LIMIT" ] || part=${part%=*}=$LIMIT
         limited=$limited,$part
     done
@@ -284,6 +287,8 @@ elif [ -n "$TASKS_PER_SPLIT" ]; then
     TASKS=$notes/tasks.jsonl
 fi
 everything
+[ "$TASKS" != "$notes/tasks.jsonl" ] || [ ! -e "$RUN/tasks.jsonl" ] || [ -e "$RUN/run.lock" ] ||
+    refuse "$RUN/tasks.jsonl: there before the run, which writes tasks of its own there. Give another RUN"
 [ -n "$DRY_RUN" ] || [ ! -d "$RUN" ] || take_run
 run_group "$notes/plan" python plan.py "$RUN" --commands "$notes/commands" ${STALE:+--stale "$STALE"} \
     ${DRY_RUN:+--dry-run} $ask 8>&- || exit $?

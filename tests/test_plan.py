@@ -1,4 +1,5 @@
 """plan.py: what a run will do. Commands are given to it as run.sh's first pass writes them."""
+import argparse
 import json
 import os
 import shutil
@@ -123,6 +124,51 @@ def test_remove_takes_what_is_stale_and_nothing_else(commands, planned, done, wo
         "s.jsonl", "s.jsonl.part-00000000000000000000000000000000", "s.jsonl.settings.json", "s.scores.jsonl", "s.scores.jsonl.settings.json", "model",
         "model.settings.json"}
     assert planned(commands())[0] == 0, "and with the old setting it is just to be made"
+
+
+def test_results_of_a_variant_that_is_not_run_now_go_with_what_is_stale(world):
+    """They are as old; those of another split are not."""
+    results, stale = world.path("results.jsonl"), argparse.Namespace(
+        output=world.path("e"), metrics=[], judge=None, results=world.path("results.jsonl"), split="test")
+    write_rows(results, [{"variant": "no_reg", "split": "test"}, {"variant": "main", "split": "dev"}])
+    plan.remove([("evaluate", stale)])
+    assert Path(results).read_text() == '{"variant": "main", "split": "dev"}\n'
+
+
+def test_a_dry_run_counts_what_is_stale_as_not_there(commands, planned, done, world):
+    """It asks what a change would cost, and removes nothing."""
+    for flags in (["--dry-run"], ["--dry-run", "--stale", "remove"]):
+        status, said = planned(commands({("simulate", "--temperature"): "0.5"}), *flags)
+        assert status == 0 and "1 of 4 outputs are done. Left: 24 conversations, 24 scores, 1 trainings" in said
+        assert stale(said) == ["c.jsonl", "s.jsonl", "model"] and os.path.exists(world.path("c.jsonl"))
+
+
+def test_nothing_is_removed_before_the_plan_is_good(commands, planned, done, server, world):
+    server.reply = lambda request: (200, "")
+    status, said = planned(commands({("gold", "--oracle"): "openai:p@" + server.url}), "--stale", "remove", "--ask")
+    assert status == 2 and "cannot be used" in said and os.path.exists(world.path("gold.jsonl"))
+
+
+def test_a_file_of_the_users_own_is_not_taken_over(commands, planned, done, world):
+    os.remove(world.path("c.jsonl.settings.json"))
+    status, said = planned(commands({("gold", "--oracle"): "openai:p"}), "--stale", "remove")
+    assert status == 2 and "c.jsonl: not written by simulate.py" in said and os.path.exists(world.path("gold.jsonl"))
+
+
+@pytest.mark.parametrize("changes, why", [
+    ({("all", "--base"): "no/model"}, "no/model: cannot be loaded"), ({("train", "--rounding"): "stochastic"}, "float32 weights"),
+    ({("select", "--response-prompt"): "no.txt"}, "no.txt: there is no such file (--response-prompt of select.py)")])
+def test_what_would_end_a_later_stage_is_found_now(changes, why, commands, planned, world):
+    words = [[*words] for words in commands()]
+    for (of, flag), value in changes.items():
+        for stage in ("select", "train") if of == "all" else (of,):
+            next(command for command in words if f"{stage}.py" in command).extend((flag, value))
+    status, said = planned(words)
+    assert status == 2 and why in said
+
+
+def test_a_dry_run_of_one_stage_is_no_part_of_a_run(commands, planned):
+    assert "Say DRY_RUN=1" in planned([[*commands()[0], "--dry-run"]])[1]
 
 
 def test_what_is_made_from_a_file_that_has_gone_is_stale(commands, planned, done, world):

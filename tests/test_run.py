@@ -238,12 +238,22 @@ def test_a_limit_holds_for_every_stage(record):
     ("toy", {"GOLD": "no.jsonl"}, "no.jsonl: there is no such file"), ("toy", {"EXAMPLES": "no.jsonl"}, "there is no such file"),
     ("toy", {"SIMULATE_FLAGS": "--temprature 1"}, "simulate.py: error: unrecognized arguments"),
     ("paper", {"ORACLE": "x", "ROLEPLAYER": "openai:y@http://a/v1", "OTHER_ROLEPLAYER": "z openai:y@http://b/v1",
-               "VARIANTS": "main other_user"}, "same model as ROLEPLAYER")])
+               "VARIANTS": "main other_user"}, "same model as ROLEPLAYER"),
+    ("paper", {"ORACLE": "x", "ROLEPLAYER": "x", "OTHER_ROLEPLAYER": "openai:y@http://a/v1 openai:y@http://b/v1",
+               "VARIANTS": "main other_user"}, "or there twice"),
+    ("smoke", {"LIMIT": "3", "PERSONA_SPLITS": "A=5,B"}, "B is not as A=50")])
 def test_what_cannot_run_is_refused_before_anything_starts(mode, more, said, tmp_path):
     done = subprocess.run(["bash", "run.sh", mode], cwd=ROOT, capture_output=True, text=True, env={
         "PATH": f"{os.path.dirname(sys.executable)}:/usr/bin:/bin", "RUN": str(tmp_path / "r"), "LAUNCH": "python", **more})
     assert done.returncode == 2 and said in done.stderr and len(done.stderr.splitlines()) == 1, done.stderr
     assert not (tmp_path / "r").exists()
+
+
+def test_tasks_of_the_users_own_are_not_overwritten(record, tmp_path):
+    (tmp_path / "r").mkdir()
+    (tmp_path / "r/tasks.jsonl").write_text("mine")
+    record("smoke", status=2)
+    assert "there before the run" in record.said and (tmp_path / "r/tasks.jsonl").read_text() == "mine"
 
 
 def test_as_many_gpus_as_there_are(record):
