@@ -451,9 +451,9 @@ def served_model(spec):
 
 
 class ServerModel:
-    """A model behind an OpenAI-compatible server. OPENAI_API_KEY goes to OpenAI, or to OPENAI_BASE_URL, SERVER_API_KEY to
-    a server that is named by its URL. A key is neither printed nor stored, though a server may repeat it. The client
-    itself repeats a call after 429, 5xx, dropped connections and time-outs, 8 times."""
+    """A model behind an OpenAI-compatible server. OPENAI_API_KEY goes to OpenAI, or to OPENAI_BASE_URL; SERVER_API_KEY
+    goes to a server that is named by its URL. A key is neither printed nor stored, though a server may repeat it. The
+    client itself repeats a call after 429, 5xx, dropped connections and time-outs, 8 times."""
 
     def __init__(self, spec, args):
         from openai import OpenAI
@@ -464,6 +464,7 @@ class ServerModel:
         self.key = os.environ.get(variable, "").strip()
         no_proxy = os.environ.get("no_proxy") or os.environ.get("NO_PROXY") or ""
         os.environ["no_proxy"] = f"{no_proxy},127.0.0.1,localhost"          # loopback does not go through a proxy
+        self.pool = ThreadPoolExecutor(args.concurrency)        # one, though simulate.py has two threads that ask
         self.client = OpenAI(base_url=url, timeout=args.timeout, max_retries=8, api_key=self.key or f"set {variable}")
 
     def _mask(self, text):
@@ -494,7 +495,7 @@ class ServerModel:
         """{key: Request} -> yields (key, Reply) as answers arrive, with at most --concurrency requests under way.
         `skip`: keys that need no reply; `share`: which of the others are this process's. After an error, what is under
         way, and paid for, still comes."""
-        pool, failures = ThreadPoolExecutor(self.args.concurrency), []
+        asked, failures = {}, []
 
         def ask(request):
             try:
@@ -503,13 +504,14 @@ class ServerModel:
                 failures.append(error)
 
         try:
-            asked = {pool.submit(ask, requests[key]): key
+            asked = {self.pool.submit(ask, requests[key]): key
                      for key in [key for key in requests if key not in skip][share]}
             for future in as_completed(asked):
                 if future.result():
                     yield asked[future], future.result()
         finally:
-            pool.shutdown(wait=False, cancel_futures=True)
+            for future in asked:
+                future.cancel()
         if failures:
             raise failures[0]
 
@@ -791,7 +793,7 @@ def add_model_flags(parser, batch_size):
                                       "key from SERVER_API_KEY)")
     group.add_argument("--system", choices=("role", "fold"), default="role",
                        help="send a system text as its own message, or fold it into the first user message")
-    group.add_argument("--concurrency", type=natural, default=64, help="requests under way at a time")
+    group.add_argument("--concurrency", type=natural, default=64, help="requests under way at a time, of each process")
     group.add_argument("--timeout", type=natural, default=120, help="seconds before a request is repeated")
     group.add_argument("--extra", type=json_object, default={}, metavar="JSON",
                        help='more request arguments; null takes one away: '
@@ -800,5 +802,4 @@ def add_model_flags(parser, batch_size):
                        help="of answers refused, empty, or (a judge's) unreadable; above it the stage ends with 1")
     group.add_argument("--prices", type=amount, nargs=2, metavar=("IN", "OUT"),
                        help="dollars for a million tokens: tells what the calls cost")
-    group.add_argument("--dry-run", action="store_true",
-                       help="say how many calls would be made, and the most that they cost, and stop")
+    group.add_argument("--dry-run", action="store_true", help="say how many calls, and their highest cost, and stop")

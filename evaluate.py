@@ -30,7 +30,7 @@ from common import (PAIR, Request, Rows, SAMPLE, add_data_flags, add_model_flags
                     fingerprint, key_of, natural, nucleus, number, pair_of, read_conversations, read_gold,
                     read_personas, read_prompt, read_rows, read_settings, read_tasks, response_form, run, sample_pairs,
                     say, score_all, seed_for, settings_of, stage_parser, start_processes)
-from report import by_pair, interval_95, mean_sem, sem_two_way, write_results
+from report import CONDITIONS, by_pair, interval_95, mean_sem, sem_two_way, write_results
 
 JUDGE_SYSTEM_PROMPT = read_prompt("judge_system")  # figure 15
 JUDGE_PROMPT = read_prompt("judge_user")  # figure 16
@@ -42,9 +42,6 @@ def rotation(persona_ids, task_id, seed):
     P = len(persona_ids)
     shift = 1 + seed_for(seed, "rotation", task_id) % (P - 1) if P > 1 else 0
     return {persona_ids[j]: persona_ids[(j + shift) % P] for j in range(P)} if shift else {}
-
-
-CONDITIONS = "q_experimental", "q_random", "negative_control", "positive_control"
 
 
 def conditions(conversations, pairs, seed, controls):
@@ -92,10 +89,9 @@ def judge_chat(persona, task, ours, base, order):
 
 def read_verdict(raw, order):
     """"ours", "base", or None if the judge's last line does not say A or B alone, as it was told to: never a guess.
-    "B", "Final Response: A", "final answer: **B**" and "Assistant Response A." do; "A is better than B" does not."""
-    last = "".join(raw.strip().splitlines()[-1:])
-    match = re.fullmatch(r"[\W_]*(?:(?:the |my )?(?:final )?(?:response|answer|verdict|choice)\b(?: is)?[\W_]*)?"
-                         r"(?:(?:assistant )?response )?([AB])[\W_]*", last, re.IGNORECASE)
+    "B", "Final Response: A", "final answer: **B**" and "Assistant A." do; "A is better than B" does not."""
+    words = "the|my|final|assistant|response|answer|verdict|choice|option|winner|is|boxed"
+    match = re.fullmatch(rf"[\W_]*(?:(?:{words})\b[\W_]*)*([AB])[\W_]*", "".join(raw.strip().splitlines()[-1:]), re.I)
     return match and ("ours" if (match[1].upper() == "A") == (order == "ours_first") else "base")
 
 
@@ -148,12 +144,14 @@ def roleplayer_label(conversations, given):
     return re.sub(r"^openai:| \(\w{12}\)$", "", name)
 
 
-MUST_AGREE = "base tasks personas gold split roleplayer seed dtype max_tokens temperature".split()
+MUST_AGREE = "base tasks personas gold split roleplayer seed dtype max_tokens temperature top_p system".split()
 
 
 def check_baseline(baseline, settings):
     """Q_BASE must have met the same users in the same way, and answered so: like is compared with like."""
     theirs = read_settings(f"{baseline}/responses.jsonl") or read_settings(f"{baseline}/log_probs.jsonl")
+    if not theirs:
+        fail(f"--baseline {baseline}: no evaluation is there. Evaluate Q_BASE (--iteration 0) first.")
     for name, ours in settings.items():
         if (name in MUST_AGREE or name.startswith("simulate ")) and theirs.get(name) != ours:
             fail(f"--baseline {baseline}: Q_BASE was evaluated with another {name} ({theirs.get(name)!r}, here "
@@ -231,7 +229,7 @@ def main():
         score_all(log_probs, talks, scored_chat, args.base)
         base = list(read_rows(f"{args.baseline}/log_probs.jsonl", {**SAMPLE, "condition": str},
                               {"log_prob": float | int | None})) if args.baseline else []
-        for condition in CONDITIONS:
+        for condition in list(CONDITIONS)[:-1]:
             ours, theirs = (by_pair([row for row in rows if row["condition"] == condition], "log_prob")
                             for rows in ([log_probs[key] for key in talks], base))
             if ours:

@@ -93,8 +93,8 @@ def main():
                 taken[name.lower()] = row
                 if processes.is_main_process:
                     rows.add(row)
-        if len(missing) > 0.9 * max(10, len(asked)):
-            fail(f"{args.model}: {len(missing)} of {len(asked)} replies could not be a persona, for these reasons: "
+        if rejected.total() > 0.9 * max(10, len(replies)):      # of all: a restart begins with those rejected
+            fail(f"{args.model}: {rejected.total()} of {len(replies)} replies could not be a persona: "
                  f"{dict(rejected)}. Look at {replies.path}, and try another --model or --max-tokens.", status=1)
         if not missing:
             break

@@ -2,8 +2,8 @@
 
     python report.py runs/paper
 
-It reads the run's results.jsonl, to which each evaluate.py adds its means, and needs no model and no server. The rows of
-that file, and the statistics in them, stand here, too.
+It reads the run's results.jsonl, to which each evaluate.py adds its means, and needs no model and no server. How that
+file is read and written, and the statistics in it, stand here, too.
 """
 import argparse
 import fcntl

@@ -15,7 +15,8 @@ class StochasticAdamW(AdamW):
             weight, grad = (t.to_local() if isinstance(t, DTensor) else t for t in (p, p.grad))         # FSDP: a shard
             exact = torch.nn.Parameter(weight.float())
             exact.grad = grad.float()
-            adam = AdamW([exact], lr=self.param_groups[0]["lr"], weight_decay=0.0, fused=True)
+            settings = {name: self.param_groups[0][name] for name in ("lr", "betas", "eps", "weight_decay")}
+            adam = AdamW([exact], **settings, fused=True)
             adam.state[exact] = {name: value.float() for name, value in self.state[p].items()}
             adam.step()
             self.state[p] = {name: value if name == "step" else rounded(value, self.generator)

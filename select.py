@@ -134,8 +134,8 @@ def main():
     say(processes, "", tasks[row["task_id"]]["task"], *lines_of(row["conversation"]),
         f"response: {row['response']}", f"log p(gold) = {row['gold_log_prob']:.2f}, chosen from {others}", "",
         f"{output.summary()}; mean log p(gold) {sum(kept) / len(kept):.2f} of {sum(finite) / len(finite):.2f} over all "
-        f"{len(rows)}; left out: {len(all_conversations) - len(rows)} conversations (refused or without a gold), "
-        f"{len(rows) - len(finite)} scores not finite")
+        f"{len(rows)}; left out: {sum(pair_of(row) in pairs for row in all_conversations) - len(rows)} conversations "
+        f"(refused or without a gold), {len(rows) - len(finite)} scores not finite")
 
 
 if __name__ == "__main__":

@@ -20,8 +20,7 @@ The paper's scale, 250 x 50 x 10 = 125,000 conversations (and the Roleplayer on 
     accelerate launch simulate.py --roleplayer openai:mistralai/Mixtral-8x7B-Instruct-v0.1@http://host:8000/v1 \\
         --personas runs/paper/personas.jsonl --split A --output runs/paper/base/conversations.jsonl
 """
-from concurrent.futures import ThreadPoolExecutor
-from itertools import chain
+from concurrent.futures import ThreadPoolExecutor, as_completed
 
 from common import (Request, Rows, SAMPLE, add_data_flags, add_model_flags, all_pairs, amount, announce, lines_of,
                     natural, nucleus, open_model, read_personas, read_prompt, read_tasks, run, save_all, say, seed_for,
@@ -115,6 +114,7 @@ def main():
     prompts = [seen_by_user(key) for block in todo for key in block for turn in range(turns[key])]
     # An estimate: the history is not known yet, and the Questioner's prompts are about as long.
     announce(output, *((spec, prompts, args.max_tokens) for spec in (args.questioner, args.roleplayer)))
+    del prompts                                                 # 250,000 texts at the paper's scale
     if todo:
         questioner = open_model(args.questioner, args, processes)
         roleplayer = questioner if args.roleplayer == args.questioner else open_model(args.roleplayer, args, processes)
@@ -125,9 +125,13 @@ def main():
         return [(key, {name: value for name, value in row.items() if value or name == "conversation"})
                 for key, row in rows.items()]
 
-    # Two blocks at a time: while a server answers one, the other asks.
-    simulated = ThreadPoolExecutor(2).map(simulate_block, todo[output.share])
-    save_all(output, keys, chain.from_iterable(simulated), "conversations")
+    # Two blocks at a time: while a server answers one, the other asks. Each is saved when it is there.
+    pool = ThreadPoolExecutor(2)
+    simulated = as_completed([pool.submit(simulate_block, block) for block in todo[output.share]])
+    try:
+        save_all(output, keys, (row for block in simulated for row in block.result()), "conversations")
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
     say(processes, "", tasks[keys[0][0]]["task"], *lines_of(output[keys[0]]["conversation"]), "", output.summary())
 
 

@@ -122,7 +122,8 @@ def fit(accelerator, model, args, training, validation, batches, folder):
     """One AdamW step on training[i], i in batch, for each of the batches; folder/log.jsonl tells of them. Returns the
     model, as Accelerate has wrapped it, and the outcome in words."""
     from transformers import get_cosine_schedule_with_warmup
-    kind = StochasticAdamW if args.rounding == "stochastic" else torch.optim.AdamW
+    stochastic = args.rounding == "stochastic" and model.dtype == torch.bfloat16           # float32 loses nothing
+    kind = StochasticAdamW if stochastic else torch.optim.AdamW
     optimizer = kind(model.parameters(), lr=args.lr, weight_decay=0.0, fused=True)     # fused: no copy of all weights
     optimizer.generator = torch.Generator(accelerator.device).manual_seed(args.seed)
     model, optimizer = accelerator.prepare(model, optimizer)
@@ -137,7 +138,7 @@ def fit(accelerator, model, args, training, validation, batches, folder):
         norm = accelerator.clip_grad_norm_(model.parameters(), args.clip)
         norm = float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)          # under FSDP2 a shard
         if not math.isfinite(losses[-1] + norm):
-            fail(f"step {len(losses)}: loss {losses[-1]}, norm of the gradient {norm}. Nothing is saved: lower --lr.")
+            fail(f"step {len(losses)}: loss {losses[-1]}, gradient norm {norm}. Not saved: lower --lr.", status=1)
         row = {"step": len(losses), "loss": losses[-1], "rate": schedule.get_last_lr()[0], "norm": norm}
         print(json.dumps(row), file=log, flush=True)            # a curve to look at while it is drawn
         optimizer.step()
@@ -189,8 +190,6 @@ def main():
     args = parse_args()
     accelerator, tokenizer = start_processes(), load_tokenizer(args.base)
     dtype = args.dtype if accelerator.mixed_precision == "no" else "float32"        # where matrices alone are bfloat16
-    if dtype == "float32" and args.rounding == "stochastic":
-        fail("--rounding stochastic: float32 weights lose nothing that it could keep. Leave it out.")
     examples, left_out = read_examples(args, tokenizer)
     # Here these are settings: more rows make another model, not more of the same.
     settings = settings_of(args, limit=args.limit, batch_size=args.batch_size,
@@ -221,11 +220,11 @@ def main():
     model = load_model(args.base, dtype)                        # Q_BASE, not Q_{t-1}
     if args.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
-    if dtype == "bfloat16" and args.rounding == "nearest":
+    if dtype == "bfloat16":
         weights = [weight.detach() for weight in model.parameters()]
         moved = sum((w + args.lr != w).sum().item() for w in weights) / sum(w.numel() for w in weights)
-        say(accelerator, f"bfloat16 weights: a step of {args.lr:g} moves {moved:.0%} of them, and is lost on others. "
-                         "--rounding stochastic keeps it on average (docs/precision.md).")
+        say(accelerator, f"bfloat16 weights: rounded to nearest, a step of {args.lr:g} changes {moved:.0%} of them, "
+                         "and is lost on others. --rounding stochastic keeps it on average (docs/precision.md).")
     try:
         model, outcome = fit(accelerator, model, args, training, validation, batches, unfinished)
     except torch.OutOfMemoryError as error:

@@ -134,3 +134,31 @@ def test_one_block_asks_while_another_is_answered(run, world, server, tiny, shor
     flags = world.command("simulate", tiny, server.url, "c.jsonl")
     run(simulate, *flags, "--batch-size", 4)
     assert any(asked_meanwhile)
+
+
+def test_a_start_with_rejected_replies_on_disk_goes_on(run, world, server):
+    """After a kill, or with more --attempts, those are met first: they say nothing about the writer."""
+    flags = ["--model", f"openai:m@{server.url}", "--splits", "A=20", "--output", world.path("p.jsonl")]
+    server.reply = lambda request: (200, f"I'm P{request['seed']}x." if request["seed"] % 5 < 2 else "Sure!")
+    run(generate_personas, *flags, "--attempts", 1, status=1)
+    assert 10 <= sum(row["reply"] == "Sure!" for row in read_lines(world.path("p.replies.jsonl"))) < 18
+    server.reply = lambda request: (200, f"I'm P{request['seed']}x.")
+    run(generate_personas, *flags)
+    assert len(read_lines(world.path("p.jsonl"))) == 20
+
+
+def test_a_finished_block_is_saved_while_another_one_hangs(run, world, server, tiny, short):
+    first = []
+
+    def reply(request):                                           # the first answer that is asked for takes all the time
+        first.append(request)
+        if len(first) == 1:
+            saved = lambda: [line for part in common.unfinished(world.path("c.jsonl")) for line in read_lines(part)]
+            begin = time.monotonic()
+            while len(saved()) < 8 and time.monotonic() < begin + 20:
+                time.sleep(0.05)
+            first.append(len(saved()))
+        return 200, "Yes."
+    server.reply = reply
+    run(simulate, *world.command("simulate", tiny, server.url, "c.jsonl"), "--batch-size", 4)
+    assert max(n for n in first if isinstance(n, int)) >= 8

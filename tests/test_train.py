@@ -188,7 +188,7 @@ def test_whole_pairs_are_held_out(run, world, tiny):
 
 def test_a_diverging_training_saves_nothing(run, world, tmp_path):
     selected(world)
-    _, err = run(train, *train_flags(world, save_model(tmp_path / "base"), "m", "--lr", "1e9"), status=2)
+    _, err = run(train, *train_flags(world, save_model(tmp_path / "base"), "m", "--lr", "1e9"), status=1)
     assert re.search("step [34]: loss", err) and "lower --lr" in err and not Path(world.path("m")).exists()
 
 
@@ -277,7 +277,7 @@ def test_running_out_of_memory_and_diverging_are_one_line(run, world, tiny, monk
             raise failure
         return real(*given, **more) * failure
     monkeypatch.setattr(train, "mean_loss", failing)
-    _, err = run(train, *train_flags(world, tiny, "m"), status=2)
+    _, err = run(train, *train_flags(world, tiny, "m"), status=2 if isinstance(failure, Exception) else 1)
     assert said in err and err.count("error: ") == 1 and "Traceback" not in err and not Path(world.path("m")).exists()
 
 
@@ -285,8 +285,8 @@ def test_an_infinite_gradient_does_not_reach_the_weights(run, world, tiny, monke
     selected(world)
     monkeypatch.setattr(Accelerator, "clip_grad_norm_", lambda *_: torch.tensor(math.inf))
     monkeypatch.setattr(torch.optim.AdamW, "step", None)
-    _, err = run(train, *train_flags(world, tiny, "m"), status=2)
-    assert "norm of the gradient inf" in err
+    _, err = run(train, *train_flags(world, tiny, "m"), status=1)
+    assert "gradient norm inf" in err
 
 
 # ------------------------------------------------------------ precision
@@ -338,22 +338,19 @@ def test_precisions_from_the_command_line(run, world, tiny, monkeypatch):
     selected(world)
     flags = lambda output, *more: [*train_flags(world, tiny, output, *more), "--dtype", "bfloat16", "--lr", "1e-4"]   # noqa: E731
     out, _ = run(train, *flags("nearest"))
-    said = re.search(r"bfloat16 weights: a step of 0.0001 moves (\d+)% of them, and is lost on others. --rounding stochastic", out)
+    said = re.search(r"a step of 0.0001 changes (\d+)% of them, and is lost on others. --rounding stochastic", out)
     assert int(said[1]) < 15
     assert 0.2 * int(said[1]) / 100 < changed(world.path("nearest"), tiny) < 3 * int(said[1]) / 100
-    out, _ = run(train, *flags("stochastic", "--rounding", "stochastic"))
-    assert "is lost" not in out
+    run(train, *flags("stochastic", "--rounding", "stochastic"))
     AcceleratorState._reset_state(True)
     with monkeypatch.context() as patch:
         patch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")       # as `accelerate launch` passes it on
         seen, real = [], train.load_model
         patch.setattr(train, "load_model", lambda path, dtype: seen.append(dtype) or real(path, dtype))
-        out, _ = run(train, *flags("mixed"))
+        out, _ = run(train, *flags("mixed", "--rounding", "stochastic"))        # as run.sh paper's; nothing is to be rounded
         assert seen == ["float32"] and "is lost" not in out
-        _, err = run(train, *flags("mixed", "--rounding", "stochastic"), status=2)
-        assert "--rounding stochastic: float32 weights lose nothing" in err
     AcceleratorState._reset_state(True)
-    _, err = run(train, *flags("mixed"), status=2)
+    _, err = run(train, *flags("mixed", "--rounding", "stochastic"), status=2)
     assert "mixed_precision: 'bf16' there, 'no' now" in err
     for name in ("nearest", "stochastic", "mixed"):
         with safe_open(world.path(f"{name}/model.safetensors"), "pt") as file:
@@ -361,8 +358,6 @@ def test_precisions_from_the_command_line(run, world, tiny, monkeypatch):
         assert json.loads(Path(world.path(f"{name}/config.json")).read_text())["dtype"] == "bfloat16"
         if name != "nearest":
             assert changed(world.path(name), tiny) > 1.5 * changed(world.path("nearest"), tiny)
-    _, err = run(train, *train_flags(world, tiny, "x", "--rounding", "stochastic"), status=2)
-    assert "--rounding stochastic: float32 weights lose nothing" in err and not Path(world.path("x.settings.json")).exists()
 
 
 def train_on(rank, port, flags, kept):
