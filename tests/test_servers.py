@@ -139,7 +139,7 @@ def test_one_block_asks_while_another_is_answered(run, world, server, tiny, shor
 def test_a_start_with_rejected_replies_on_disk_goes_on(run, world, server):
     """After a kill, or with more --attempts, those are met first: they say nothing about the writer."""
     flags = ["--model", f"openai:m@{server.url}", "--splits", "A=20", "--output", world.path("p.jsonl")]
-    server.reply = lambda request: (200, f"I'm P{request['seed']}x." if request["seed"] % 5 < 2 else "Sure!")
+    server.reply = lambda request: (200, f"I'm P{request['seed']}x." if request["seed"] % 5 < 1 else "Sure!")
     run(generate_personas, *flags, "--attempts", 1, status=1)
     assert 10 <= sum(row["reply"] == "Sure!" for row in read_lines(world.path("p.replies.jsonl"))) < 18
     server.reply = lambda request: (200, f"I'm P{request['seed']}x.")
