@@ -159,6 +159,8 @@ class Plan:
         there = {row["persona_id"]: row for row in rows_of(args.output)}
         self.people[args.output] = {**{i: {"split": split} for i, split in args.splits[:args.limit]}, **there}
         left = len(self.people[args.output]) - len(there)
+        if left and len(list(read_rows(args.examples, {"persona_id": str}, {"persona": str}))) < 2:
+            fail(f"{args.examples}: each prompt shows two personas. Add some.")
         chat = load_stage("generate_personas").persona_request([TEXT["persona"]] * 2, 0).chat
         self.ask("persona writer", args.model, args, left, chat, "persona", args.max_tokens)
         return left
@@ -196,8 +198,6 @@ class Plan:
 
     def train(self, args):
         left = not finished(args.output)
-        if left and (args.dtype, args.rounding) == ("float32", "stochastic"):
-            fail("--rounding stochastic of train.py: float32 weights lose nothing that it could keep. Leave it out.")
         self.work["trainings"] += left
         self.models += [(args.base, args.dtype)] * left
         return left

@@ -156,7 +156,7 @@ def test_a_file_of_the_users_own_is_not_taken_over(commands, planned, done, worl
 
 
 @pytest.mark.parametrize("changes, why", [
-    ({("all", "--base"): "no/model"}, "no/model: cannot be loaded"), ({("train", "--rounding"): "stochastic"}, "float32 weights"),
+    ({("all", "--base"): "no/model"}, "no/model: cannot be loaded"),
     ({("select", "--response-prompt"): "no.txt"}, "no.txt: there is no such file (--response-prompt of select.py)")])
 def test_what_would_end_a_later_stage_is_found_now(changes, why, commands, planned, world):
     words = [[*words] for words in commands()]
@@ -165,6 +165,12 @@ def test_what_would_end_a_later_stage_is_found_now(changes, why, commands, plann
             next(command for command in words if f"{stage}.py" in command).extend((flag, value))
     status, said = planned(words)
     assert status == 2 and why in said
+
+
+def test_too_few_examples_are_found_now(planned, world):
+    write_rows(world.path("e.jsonl"), [{"persona_id": "e", "persona": "I'm June."}])
+    command = ["python", "generate_personas.py", "--model", "openai:w", "--output", world.path("p.jsonl")]
+    assert "shows two personas" in planned([[*command, "--examples", world.path("e.jsonl")]])[1]
 
 
 def test_a_dry_run_of_one_stage_is_no_part_of_a_run(commands, planned):
