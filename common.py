@@ -166,9 +166,9 @@ def fingerprint(value):
         return "openai:" + fingerprint(served_model(value)[0])
     if not isinstance(value, str) or not Path(value).exists():
         return value
-    files = [Path(value)] if Path(value).is_file() else sorted(file for file in Path(value).iterdir() if file.is_file())
+    files = [Path(value)] if Path(value).is_file() else sorted(filter(Path.is_file, Path(value).iterdir()))
     content = hashlib.sha256()
-    for file in files:                                          # of weights the size will do: README.md tells the rest
+    for file in [file for file in files if file.name != "README.md"]:       # weights by size: log.jsonl tells the rest
         weights = file.suffix in (".safetensors", ".bin")
         content.update(file.name.encode() + (str(file.stat().st_size).encode() if weights else file.read_bytes()))
     return f"{Path(value).resolve().name} ({content.hexdigest()[:12]})"
@@ -762,7 +762,7 @@ natural, fraction, amount, nucleus = number(int, 1), number(float, 0, 1), number
 
 def json_object(text):
     """An argparse type: {"name": value, ...}. Settings are stored: no place for a key or a password."""
-    if re.search("api.?key|authorization|secret|password", text, re.IGNORECASE):
+    if re.search('api.?key|token"|authorization|secret|password', text, re.IGNORECASE):
         raise argparse.ArgumentTypeError("keys belong in OPENAI_API_KEY, or SERVER_API_KEY for a server by URL")
     return {**json.loads(text)}
 

@@ -21,6 +21,9 @@ from common import (all_pairs, fail, fingerprint, key_of, pair_of, read_gold, re
 
 # Flags that are settings of this stage alone, and flags that are no settings of it (its Rows say so).
 SETTINGS = {"train": {"limit", "batch_size"}}
+PROMPTS = {"generate_personas": ["SYSTEM_PROMPT", "PROMPT"], "gold": ["SYSTEM_PROMPT", "PROMPT"],
+           "simulate": ["ELICITATION_PROMPT", "ROLEPLAYER_SYSTEM_PROMPT", "ROLEPLAYER_PROMPT"],
+           "evaluate": ["JUDGE_SYSTEM_PROMPT", "JUDGE_PROMPT"]}
 NO_SETTINGS = {"generate_personas": {"splits", "attempts"}, "gold": {"split"}, "evaluate": {"roleplayer"}}
 # Estimates, in tokens of four characters. Prompts are measured, with such texts in them.
 TOKENS = {"persona": 170, "gold": 250, "question": 50, "answer": 60, "response": 250, "verdict": 150}
@@ -96,11 +99,15 @@ def differences(stage, args):
     """["temperature: 0.9 there, 1.0 now", ...] between the settings of a stage's output and its flags."""
     leave_out = common.NEUTRAL - SETTINGS.get(stage, set()) | NO_SETTINGS.get(stage, set())
     now = {name: fingerprint(value) for name, value in vars(args).items() if name not in leave_out}
+    if stage in PROMPTS:
+        now["prompts"] = [getattr(load_stage(stage), name) for name in PROMPTS[stage]]
     found = {}
     for file in filter(begun, files_of(stage, args)):
         there = read_settings(file)
-        found.update({name: f"{name}: {str(there[name])[:60]} there, {str(value)[:60]} now" for name, value in
-                      json.loads(json.dumps(now)).items() if name in there and there[name] != value})
+        for name, value in json.loads(json.dumps(now)).items():
+            if name in there and there[name] != value:
+                same = len(os.path.commonprefix([str(there[name]), str(value)])) // 60 * 60     # of a long prompt
+                found[name] = f"{name}: {str(there[name])[same:][:60]} there, {str(value)[same:][:60]} now"
     return list(found.values())
 
 

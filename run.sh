@@ -30,6 +30,7 @@ cd "$(dirname "$0")"
 
 MODE=${1:-toy}
 RUN=${RUN:-runs/$MODE${LIMIT:+-$LIMIT}}          # a trial has a folder of its own: a model is not prolonged
+RUN=${RUN%/} RUN=${RUN#./}                       # as the stages write their --output
 SEED=${SEED:-42} SPLIT=${SPLIT:-test} EXTRA=${EXTRA:-"{}"}
 MODEL=() ANSWER=() TALK=() SCORE=() LEARN=() toy='' ask=''   # what a mode adds to the stages' flags
 
@@ -46,6 +47,8 @@ for name in ITERATIONS LIMIT SAMPLES TEST_SAMPLES TASKS_PER_SPLIT GPUS WAIT_HOUR
     esac
 done
 
+# The judge's arguments would be a served Q_t's, too, and not Q_BASE's, which nobody judges: unlike would be compared.
+[ -z "$SERVE" ] || [ "$EXTRA" = "{}" ] || refuse "EXTRA would change the served Questioner's requests, too: leave out one"
 [ -z "$GPUS" ] || [ -z "$LAUNCH" ] || refuse "GPUS=$GPUS is of no use beside LAUNCH=$LAUNCH: give one of them"
 
 case $MODE in

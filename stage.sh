@@ -91,7 +91,8 @@ serve() {
     [ -n "$1" ] || return 0
     start "$RUN/run.serve" $SERVE "$1" --port "$SERVE_PORT" > "$RUN/serve.log" 2>&1 8>&-
     serving=$!
-    until python -c "from urllib.request import *; urlopen('http://127.0.0.1:$SERVE_PORT/v1/models', timeout=5)" 2> /dev/null
+    until no_proxy=127.0.0.1 python -c "from urllib.request import *
+urlopen('http://127.0.0.1:$SERVE_PORT/v1/models', timeout=5)" 2> /dev/null
     do
         kill -0 $serving 2> /dev/null || refuse "SERVE ended: see $RUN/serve.log"
         sleep 1

@@ -56,14 +56,21 @@ def planned(world, monkeypatch, capfd):
 
 
 @pytest.fixture
-def done(run, commands, short, select_stage):
-    """All four stages have run."""
+def done(run, commands, short, select_stage, monkeypatch):
+    """All four stages have run, with a prompt that is short for the plan, too."""
+    monkeypatch.setattr(plan.load_stage("simulate"), "ELICITATION_PROMPT", "Ask {name} about: {task}")
     for stage, words in zip((gold, simulate, select_stage, train), commands()):
         run(stage, *words[2:])
 
 
 def stale(said):
     return said.partition("in all: ")[2].partition(". STALE=remove")[0].split(", ") if "in all: " in said else []
+
+
+def test_an_edited_prompt_makes_stale_what_was_asked_with_it(commands, planned, done, monkeypatch):
+    monkeypatch.setattr(plan.load_stage("simulate"), "ELICITATION_PROMPT", "Ask {name} about: {task}!")
+    status, said = planned(commands())
+    assert status == 2 and stale(said) == ["c.jsonl", "s.jsonl", "model"] and "prompts: " in said
 
 
 def test_a_new_run_is_counted(commands, planned, world):
@@ -105,7 +112,7 @@ def test_one_message_names_all_that_a_change_makes_stale(changes, names, why, co
     assert said.count(" there, ") <= 1, "a reason for the first of a chain"
 
 
-def test_a_larger_limit_is_found_before_anything_grows(run, commands, planned, short, select_stage):
+def test_a_larger_limit_is_found_before_anything_grows(run, commands, planned, select_stage):
     small = commands({("all", "--limit"): "3"})
     for stage, words in zip((gold, simulate, select_stage, train), small):
         run(stage, *words[2:])
@@ -156,7 +163,7 @@ def test_a_file_of_the_users_own_is_not_taken_over(commands, planned, done, worl
 
 
 @pytest.mark.parametrize("changes, why", [
-    ({("all", "--base"): "no/model"}, "no/model: cannot be loaded"),
+    ({("all", "--base"): "/no/model"}, "/no/model: cannot be loaded"),
     ({("select", "--response-prompt"): "no.txt"}, "no.txt: there is no such file (--response-prompt of select.py)")])
 def test_what_would_end_a_later_stage_is_found_now(changes, why, commands, planned, world):
     words = [[*words] for words in commands()]

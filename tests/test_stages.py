@@ -420,6 +420,16 @@ def test_verdicts_are_read_and_never_guessed(raw, letter):
     assert evaluate.read_verdict(raw, "base_first") == {"A": "base", "B": "ours", None: None}[letter]
 
 
+def test_a_models_card_may_be_edited_and_another_training_is_another_model(tmp_path):
+    for name, text in (("config.json", "{}"), ("model.safetensors", "1234"), ("log.jsonl", "{}"), ("README.md", "A card.")):
+        (tmp_path / name).write_text(text)
+    before = common.fingerprint(str(tmp_path))
+    (tmp_path / "README.md").write_text("A better card.")
+    assert common.fingerprint(str(tmp_path)) == before
+    (tmp_path / "log.jsonl").write_text("[]")
+    assert common.fingerprint(str(tmp_path)) != before
+
+
 def test_two_orders_combine():
     assert evaluate.combine(["ours"]) == "ours" and evaluate.combine(["ours", "ours"]) == "ours"
     assert evaluate.combine(["ours", "base"]) == "tie" == evaluate.combine(["base", "ours"])
