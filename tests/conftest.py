@@ -33,6 +33,7 @@ def pytest_collection_modifyitems(config, items):
         slow = [item for item in items if item.get_closest_marker("slow")]
         config.hook.pytest_deselected(items=slow)
         items[:] = [item for item in items if item not in slow]
+    items.sort(key=lambda item: item.path.stem not in ("test_smoke", "test_serve"))      # the longest first, side by side
 
 
 # The turn marks of four families of models, written from their published formats: (template, special tokens, bos, eos).

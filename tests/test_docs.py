@@ -126,7 +126,7 @@ def test_nothing_else_at_the_top_level_and_no_toy_in_the_core():
     tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True)
     tops = {line.split("/")[0] for line in tracked.stdout.splitlines()} if not tracked.returncode else {  # an archive
         path.name for path in ROOT.iterdir()} - {"runs", "__pycache__", ".pytest_cache"}
-    assert tops <= {*SCRIPTS, *("common.py run.sh stage.sh requirements.txt requirements-dev.txt README.md NOTES.md LICENSE "
+    assert tops <= {*SCRIPTS, *("common.py run.sh stage.sh pytest.ini requirements.txt requirements-dev.txt README.md NOTES.md LICENSE "
                                 ".gitignore tests data toy configs benchmarks docs prompts report.py rounding.py plan.py .ci").split()}
     for script in (*STAGES, "common"):
         code = re.sub(r'""".*?"""', "", (ROOT / f"{script}.py").read_text(), flags=re.S)

@@ -221,7 +221,7 @@ def test_four_ways_to_stale_rows(run, server, world, tiny, short):
 def test_a_questioner_may_be_served_and_is_its_folders_content(run, server, world, tiny, short):
     """Two Q_t of two trainings differ by their model cards; the URL is no setting."""
     select, folder = load_stage("select"), shutil.copytree(tiny, world.folder / "model")
-    (folder / "README.md").write_text("Trained on these.")
+    (folder / "log.jsonl").write_text("Trained on these.")
     served = ["--questioner", f"openai:{folder}@{server.url}"]
     stages = [(simulate, world.command("simulate", tiny, server.url, "c.jsonl")), (select, world.command("select", tiny)),
               (evaluate, world.command("evaluate", tiny))]
@@ -232,7 +232,7 @@ def test_a_questioner_may_be_served_and_is_its_folders_content(run, server, worl
         run(stage, *flags, "--questioner", served[1].replace("127.0.0.1", "localhost"))
     assert {row["response"] for row in rows_of(world)} == {"Yes."}
     server.requests.clear()
-    (folder / "README.md").write_text("Trained on those.")
+    (folder / "log.jsonl").write_text("Trained on those.")
     for stage, flags in stages:
         assert "other settings: questioner: 'openai:model (" in run(stage, *flags, *served, status=2)[1]
     assert "--base openai:m" in run(select, *stages[1][1], "--base", "openai:m", "--output", world.path("t.jsonl"), status=2)[1]
