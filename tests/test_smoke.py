@@ -17,7 +17,8 @@ def start(folder, **more):
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"  # the python that runs this test, activated or not
     log = open(folder / "log", "a")
     return subprocess.Popen(["bash", "run.sh", "smoke"], cwd=ROOT, stdout=log, stderr=log, start_new_session=True,
-                            env={**os.environ, "PATH": path, "RUN": str(folder), **more},
+                            env={**os.environ, "PATH": path, "RUN": str(folder), "SAMPLES": "4",
+                                 "TEST_SAMPLES": "4", **more},                          # half of them: time
                             # Tests that run in the background have inherited that Ctrl-C is ignored; a terminal's do not.
                             preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
 
