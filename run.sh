@@ -2,7 +2,7 @@
 # STaR-GATE, from nothing to the tables (Algorithm 1).
 #
 #   bash run.sh           three iterations and the ablations in the embedded world: two CPU cores, no key, no GPU
-#   bash run.sh smoke     every step once: one iteration, a minute
+#   bash run.sh smoke     every step once: one iteration, two minutes
 #   bash run.sh small     a real Questioner of .5B on one card of 24 GB, 20 tasks x 10 people: docs/scale.md
 #   bash run.sh paper     the published settings: needs GPUs, servers and an API key; read the variables below first
 #
