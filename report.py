@@ -76,10 +76,10 @@ def interval_95(values, share=False):
     """The 95 % interval [low, high] of a mean over {(task, persona): value}: `sem_two_way` times Student's t, with one
     degree of freedom less than there are tasks or personas, whichever are fewer. A share has Wilson's interval, which
     stays inside 0..1, for as many independent pairs as would have that standard error. None where that is None."""
-    from scipy.stats import t as student
+    from scipy.special import stdtrit                           # Student's t; scipy.stats takes a second to import
     if (sem := sem_two_way(values)) is None:
         return None
-    mean, q = sum(values.values()) / len(values), student.ppf(0.975, min(len(set(ids)) for ids in zip(*values)) - 1)
+    mean, q = sum(values.values()) / len(values), stdtrit(min(len(set(ids)) for ids in zip(*values)) - 1, 0.975)
     if not share:
         return [float(mean - q * sem), float(mean + q * sem)]
     n = mean * (1 - mean) / sem ** 2 if sem else len(values)

@@ -52,7 +52,7 @@ def roleplayer_chat(persona, task, conversation):
 def simulate(rows, ask, answer):
     """Advances all conversations together, turn by turn, so that each step is one batch.
 
-    rows: {key: dict} with `turns` (how many questions), `conversation` ([], filled here) and `cut` (0, counted here).
+    rows: {key: dict} with `turns` (how many questions), `conversation` ([], filled here); `cut` counts cut replies.
     ask, answer: (rows, turn) -> iterator of (key, Reply) by the Questioner and the Roleplayer.
     A conversation in which a model declines ends there, and its row gets `refused`.
     """
@@ -64,7 +64,8 @@ def simulate(rows, ask, answer):
                     rows[key]["refused"] = f"{role}, turn {turn + 1}: {reply.refused}"
                 else:
                     rows[key]["conversation"].append({"role": role, "content": reply.text})
-                    rows[key]["cut"] += reply.cut
+                    if reply.cut:
+                        rows[key]["cut"] = rows[key].get("cut", 0) + 1
 
 
 def parse_args():
@@ -120,10 +121,9 @@ def main():
         roleplayer = questioner if args.roleplayer == args.questioner else open_model(args.roleplayer, args, processes)
 
     def simulate_block(block):
-        rows = {key: {"split": args.split, "turns": turns[key], "conversation": [], "cut": 0} for key in block}
+        rows = {key: {"split": args.split, "turns": turns[key], "conversation": []} for key in block}
         simulate(rows, ask, answer)
-        return [(key, {name: value for name, value in row.items() if value or name == "conversation"})
-                for key, row in rows.items()]
+        return rows.items()
 
     # Two blocks at a time: while a server answers one, the other asks. Each is saved when it is there.
     pool = ThreadPoolExecutor(2)

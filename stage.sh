@@ -2,7 +2,7 @@
 # run.sh is. Nothing here is about the method.
 
 # In a first pass `stage` only notes its commands, for plan.py to check and to count; in the second it runs them.
-planning=yes n=0 total=0 what='' running='' serving='' serving_model='' SERVE_PORT=${SERVE_PORT:-8811}
+planning=yes taken='' n=0 total=0 what='' running='' serving='' serving_model='' SERVE_PORT=${SERVE_PORT:-8811}
 notes=$(mktemp -d)                              # the first pass writes nothing into RUN
 trap 'end "$running"; end "$serving"; rm -rf "$notes"; kill $server 2> /dev/null || true' EXIT
 trap 'exit 129' HUP
@@ -49,10 +49,12 @@ orphan() {
 }
 
 take_run() {                                    # one run.sh at a time works in RUN
+    [ -z "$taken" ] || return 0                 # to open it again would let go of it
     exec 9>> "$RUN/run.lock" 8>> "$RUN/run.stage" 7>> "$RUN/run.serve"
     lock 9 || refuse "another run is at work in $RUN"
     orphan 8 "$RUN/run.stage"
     orphan 7 "$RUN/run.serve"
+    taken=yes
 }
 
 # stage NAME COMMAND ...: one command of the run. A server that is away (status 75) is waited for.

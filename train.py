@@ -220,7 +220,7 @@ def main():
     model = load_model(args.base, dtype)                        # Q_BASE, not Q_{t-1}
     if args.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
-    if dtype == "bfloat16":
+    if dtype == "bfloat16" and accelerator.is_main_process:
         weights = [weight.detach() for weight in model.parameters()]
         moved = sum((w + args.lr != w).sum().item() for w in weights) / sum(w.numel() for w in weights)
         say(accelerator, f"bfloat16 weights: rounded to nearest, a step of {args.lr:g} changes {moved:.0%} of them, "

@@ -10,7 +10,13 @@ IDS = ("u0 u9 u498 u838 u861 u1106 u1172 u1273 u1323 u1456 u1767 u2563 u2585 u27
        "u3681").split()
 
 if __name__ == "__main__":
-    characters = json.load(open(sys.argv[1], encoding="utf-8"))
-    for i in IDS:
-        name, about = characters[i]["character_name"], " ".join(characters[i]["biography"])
+    if len(sys.argv) != 2:
+        sys.exit(__doc__)
+    try:
+        characters = json.load(open(sys.argv[1], encoding="utf-8"))
+        people = [(i, characters[i]["character_name"], " ".join(characters[i]["biography"])) for i in IDS]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        print(f"{sys.argv[1]}: not PRODIGy's file of characters ({type(error).__name__}: {error})", file=sys.stderr)
+        sys.exit(2)
+    for i, name, about in people:
         print(json.dumps({"persona_id": i, "name": name, "persona": f"I'm {name}. {about}"}, ensure_ascii=False))

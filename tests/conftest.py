@@ -3,12 +3,10 @@
 Everything is made here, on a CPU, offline. `select.py` is loaded as `select_stage`: its own name is the standard library's.
 """
 import gc
-import importlib.util
 import json
 import subprocess
 import sys
 import threading
-from functools import lru_cache
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -20,6 +18,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralFo
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 import common  # noqa: E402
+from plan import load_stage  # noqa: E402
 
 torch.set_num_threads(1)
 
@@ -124,17 +123,6 @@ def save_model(folder, family="mistral", seed=0, **more):
 def tiny(tmp_path_factory):
     """The path of a random chat model with Mistral's format."""
     return save_model(tmp_path_factory.mktemp("models") / "tiny")
-
-
-@lru_cache
-def load_stage(name):
-    """A stage's module by its name."""
-    if name != "select":
-        return importlib.import_module(name)
-    spec = importlib.util.spec_from_file_location("select_stage", ROOT / "select.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 @pytest.fixture(scope="session")

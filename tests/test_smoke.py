@@ -53,10 +53,9 @@ def test_smoke_run(tmp_path):
         assert (tmp_path / name).exists(), name
     results = {(row["variant"], row["iteration"], row["metric"], row["condition"]): row
                for row in read_lines(tmp_path / "results.jsonl")}
-    for variant in ("main",):
-        assert results[variant, 1, "win_rate", ""]["n"] == 64
-        assert results[variant, 1, "gold_log_prob_gain", "q_experimental"]["n"] == 64
-        assert {"relevant_share", "question_share", "invented_facts"} <= {key[2] for key in results if key[:2] == (variant, 1)}
+    assert results["main", 1, "win_rate", ""]["n"] == 64
+    assert results["main", 1, "gold_log_prob_gain", "q_experimental"]["n"] == 64
+    assert {"relevant_share", "question_share", "invented_facts"} <= {key[2] for key in results if key[:2] == ("main", 1)}
     positive, negative = (results["main", 0, "gold_log_prob", f"{c}_control"]["mean"] for c in ("positive", "negative"))
     assert positive > negative, "the base should make use of a persona that it is told"
     assert "Does it hold in" in output

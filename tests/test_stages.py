@@ -75,6 +75,9 @@ def test_prodigys_characters_as_examples(run, world, server):
     shown = {text for request in server.requests for text in request["messages"][1]["content"].split("\n\n")[1:]}
     assert len(done.stdout.splitlines()) == 21 and len(shown) > 5
     assert shown <= {f"I'm N{i}. I am {i}. I talk." for i in prodigy["IDS"]}
+    path.write_text('{"u0": {}}')
+    bad = subprocess.run([sys.executable, ROOT / "data/prodigy.py", path], capture_output=True, text=True)
+    assert bad.returncode == 2 and f"{path}: not PRODIGy's" in bad.stderr and len(bad.stderr.splitlines()) == 1
 
 
 def test_the_projects_own_data():
