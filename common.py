@@ -291,14 +291,15 @@ class Rows(dict):
 
 # ---------------------------------------------------------------- chats: lists of messages until the tokenizer
 
-def response_form(name, task, conversation, persona=None):
+def response_form(name, task, conversation, persona=None, prompt=None):
     """Figure 17: the conversation without the elicitation prompt, the task repeated at the end of the last answer, to
     ask for a response and not for another question. `select`, `train` and `evaluate` see a conversation in this form.
 
-    With no conversation it is the negative control; with a persona in the first turn, the positive control.
+    No conversation: the negative control. A persona in the first turn: the positive control. A prompt stands before all.
     """
     about = f" Here is some information about me:\n\n{persona}" if persona is not None else ""
-    chat = [{"role": "user", "content": f"My name is {name}.{about}\n\n{task}"}, *map(dict, conversation)]
+    before = f"{prompt}\n\n" if prompt else ""
+    chat = [{"role": "user", "content": f"{before}My name is {name}.{about}\n\n{task}"}, *map(dict, conversation)]
     if conversation:
         chat[-1]["content"] += f"\n\n{task}"
     return chat

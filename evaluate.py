@@ -30,7 +30,7 @@ from common import (PAIR, Request, Rows, SAMPLE, add_data_flags, add_model_flags
                     fingerprint, key_of, natural, nucleus, number, pair_of, read_conversations, read_gold,
                     read_personas, read_prompt, read_rows, read_settings, read_tasks, response_form, run, sample_pairs,
                     say, score_all, seed_for, settings_of, stage_parser, start_processes)
-from report import CONDITIONS, by_pair, interval_95, mean_sem, sem_two_way, write_results
+from results import CONDITIONS, by_pair, interval_95, mean_sem, sem_two_way, write_results
 
 JUDGE_SYSTEM_PROMPT = read_prompt("judge_system")  # figure 15
 JUDGE_PROMPT = read_prompt("judge_user")  # figure 16
@@ -118,6 +118,7 @@ def parse_args():
                         help="what to measure")
     parser.add_argument("--win-pairs", type=natural, default=300, help="pairs judged, as many of each length")
     parser.add_argument("--both-orders", action="store_true", help="judge each pair twice; a disagreement is a tie")
+    parser.add_argument("--response-prompt", metavar="FILE", help="put this text before Q_t's task, as select.py can")
     parser.add_argument("--max-tokens", type=natural, default=700, help="length of a response")
     parser.add_argument("--temperature", type=amount, default=0.0, help="of the responses; 0: greedy")
     parser.add_argument("--judge-max-tokens", type=natural, default=300, help="length of a verdict")
@@ -185,8 +186,8 @@ def main():
     def output(name, *key, **inputs):
         return Rows(args, f"{args.output}/{name}.jsonl", (*PAIR, *key), processes, **simulated_with, **inputs)
 
-    def form(pair, conversation, persona=None):
-        return response_form(personas[pair[1]]["name"], tasks[pair[0]]["task"], conversation, persona)
+    def form(pair, conversation, **more):
+        return response_form(personas[pair[1]]["name"], tasks[pair[0]]["task"], conversation, **more)
 
     def add_result(metric, condition, values, **counts):
         """Writes and prints a mean. values: {(task_id, persona_id): value}"""
@@ -203,7 +204,9 @@ def main():
     K = simulation.get("max_turns") or max(turns.values())
     pairs = win_pairs(turns, args.win_pairs, K, args.seed)
     keys = [judged[pair] for pair in pairs]
-    respond = {key: Request(form(key, conversations[key]), seed_for(args.seed, "respond", *key)) for key in keys}
+    prompt = args.response_prompt and open(args.response_prompt, encoding="utf-8").read().strip()
+    respond = {key: Request(form(key, conversations[key], prompt=prompt), seed_for(args.seed, "respond", *key))
+               for key in keys}
     orders = {pair: ORDERS if args.both_orders else [order] for pair, order in pairs.items()}
 
     def judge(ours, base):
@@ -224,7 +227,7 @@ def main():
 
         def scored_chat(key):
             persona = personas[key[1]]["persona"] if key[3] == "positive_control" else None
-            return [*form(key, talks[key], persona), {"role": "assistant", "content": golds[key[:2]]}]
+            return [*form(key, talks[key], persona=persona), {"role": "assistant", "content": golds[key[:2]]}]
 
         score_all(log_probs, talks, scored_chat, args.base)
         base = list(read_rows(f"{args.baseline}/log_probs.jsonl", {**SAMPLE, "condition": str},

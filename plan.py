@@ -52,7 +52,7 @@ def read_commands(path):
         command, words = words[2:count], words[count:]
         at = next(i for i, word in enumerate(command) if word.endswith(".py"))
         stage = command[at].removesuffix(".py")
-        if "/" in stage or stage == "report":
+        if "/" in stage or stage in ("shorten", "report"):
             yield None, None, command
         else:
             sys.argv = command[at:]                             # so a bad flag's message names the stage
@@ -126,8 +126,10 @@ class Plan:
         for stage, args, command in commands:
             if stage:
                 self.add(stage, args)
-            elif "--output" in command:                         # toy/permute.py: as good as what it is made from
+            elif "--output" in command:                         # as good as what it is made from, and at most as long
                 states = [self.state[word] for word in command if word in self.state]
+                self.talks.update({command[command.index("--output") + 1]: self.talks[word]
+                                   for word in command if word in self.talks})
                 self.state[command[command.index("--output") + 1]] = max(states, key=lambda state: state != "done", default="done")
 
     def add(self, stage, args):

@@ -1,150 +1,344 @@
-"""The tables of a run: gold log-probabilities, gains and win rates; a line a variant, a column an iteration.
+"""What a run has learned, to look at: tables, pictures, and conversations before and after training.
 
-    python report.py runs/paper
+    python report.py runs/toy               reads the run's folder; no model, no server
+    python report.py --power 300 10         before a run: the smallest win rate that 300 pairs of 10 people can show
 
-It reads the run's results.jsonl, to which each evaluate.py adds its means, and needs no model and no server. How that
-file is read and written, and the statistics in it, stand here, too.
+    writes  RUN/report/index.html       one file, which opens without a network
+            RUN/report/report.md        the same as text
+            RUN/report/NAME.png, .svg   the pictures, if matplotlib is there (requirements-report.txt)
+
+Evaluations are found by the settings that evaluate.py leaves beside its rows, wherever in RUN they lie. Each table is a
+function; its docstring stands on the page: the title, what is measured, the source. Means and shares are over (task,
+persona) pairs, with 95 % intervals that are clustered by task and by persona (results.py).
 """
 import argparse
-import fcntl
-import json
+import base64
 import math
-from collections import defaultdict
+import re
+from collections import Counter, defaultdict
 from pathlib import Path
+from types import SimpleNamespace
 
-import numpy as np
+import jinja2                                                   # transformers' chat templates need it, too
 
-from common import fail, pair_of, read_rows, run, write_whole
+from common import (PAIR, SAMPLE, fail, fingerprint, key_of, natural, pair_of, read_conversations, read_gold,
+                    read_personas, read_rows, read_settings, read_tasks, run, write_whole)
+from evaluate import combine
+from results import (as_table, as_text, cell, jackknife, kappa, length_controlled, mean, minus, of_pairs, read_results,
+                     share_of, smallest_difference, student, tables)
 
-RESULT_KEY = {"variant": str, "iteration": int, "metric": str, "condition": str, "roleplayer": str, "split": str}
+# ---------------------------------------------------------------- the rows of all evaluations
 
+def read_evaluations(folder, split, tasks, personas):
+    """Every evaluation of the split under a run's folder, Q_BASE's first, then main's:
 
-def read_results(path):
-    """Rows of results.jsonl: RESULT_KEY + `mean`, `sem`, `n`."""
-    fields = {"mean": float | int | None, "sem": float | int | None, "n": int}
-    return list(read_rows(path, RESULT_KEY, fields)) if Path(path).exists() else []
-
-
-def write_results(path, rows):
-    """Prints rows and adds them to results.jsonl; a row for the same combination of RESULT_KEY is replaced."""
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    with open(f"{path}.lock", "a") as lock:                     # evaluations may run side by side
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        results = {tuple(row[name] for name in RESULT_KEY): row for row in [*read_results(path), *rows]}
-        write_whole(path, "".join(json.dumps(results[key]) + "\n" for key in sorted(results)))
-    for row in rows:
-        value = " ± ".join(f"{row[name]:.3f}" for name in ("mean", "sem") if row[name] is not None)
-        print(f"{row['variant']}, t = {row['iteration']}: {row['metric']} {row['condition']} {value} (n = {row['n']})")
-
-
-# ---------------------------------------------------------------- statistics
-
-def mean_sem(values):
-    """{"mean", "sem": standard error, "n"} of one value a pair; the SEM of fewer than two values is None."""
-    n = len(values)
-    return {"mean": float(np.mean(values)) if n > 0 else None,
-            "sem": float(np.std(values, ddof=1) / n ** 0.5) if n > 1 else None, "n": n}
-
-
-def by_pair(rows, value):
-    """{(task_id, persona_id): mean over its samples}: a pair's samples are not independent of one another. A value that
-    is None is left out."""
-    groups = defaultdict(list)
-    for row in rows:
-        if row[value] is not None:
-            groups[pair_of(row)].append(row[value])
-    return {pair: float(np.mean(group)) for pair, group in groups.items()}
-
-
-def sem_two_way(values):
-    """Standard error of a mean over {(task, persona): value}, clustered by task and by persona: pairs that share either
-    are not independent. Variance = by task + by persona - by pair, and at least that of independent pairs (Cameron,
-    Gelbach and Miller 2011). None where a task or a persona stands alone."""
-    n, mean, variance = len(values), sum(values.values()) / max(1, len(values)), []
-    for cluster in (lambda pair: pair[0], lambda pair: pair[1], lambda pair: pair):
-        sums = defaultdict(float)
-        for pair, value in values.items():
-            sums[cluster(pair)] += value - mean
-        if len(sums) < 2:
-            return None
-        variance.append(len(sums) / (len(sums) - 1) * sum(s * s for s in sums.values()) / n ** 2)
-    by_task, by_persona, independent = variance
-    return math.sqrt(max(by_task + by_persona - independent, independent))
+    talks      {(task, persona, sample): conversation}      responses  {pair: row}
+    log_probs  {condition: {(task, persona, sample): nats}} verdicts   {pair: its rows, one for each order}
+    base       Q_BASE's evaluation with the same user       settings, name, variant, t, user
+    """
+    settings = {path.parent: read_settings(str(path).removesuffix(".settings.json"))
+                for path in sorted(Path(folder).rglob("*.settings.json"))}
+    settings = {path: s for path, s in settings.items() if s.get("split") == split and "iteration" in s}
+    names = {s["conversations"].split(" (")[0] for s in settings.values()}
+    files = {fingerprint(str(path)): path for path in sorted(Path(folder).rglob("*.jsonl")) if path.name in names}
+    found = []
+    for path, s in settings.items():
+        if s["conversations"] not in files:
+            fail(f"{path}: made from {s['conversations']}, which is not in {folder}. Evaluate again.")
+        rows = {name: list(read_rows(path / f"{name}.jsonl", key, fields)) if (path / f"{name}.jsonl").exists() else []
+                for name, key, fields in (
+                    ("log_probs", {**SAMPLE, "condition": str}, {"log_prob": float | int | None}),
+                    ("responses", SAMPLE, {"turns": int, "response": str}),
+                    ("verdicts", {**PAIR, "order": str}, {"turns": int, "verdict": str | None, "raw": str}))}
+        e = SimpleNamespace(settings=s, variant=s["variant"], t=s["iteration"], user=s["roleplayer"], verdicts={},
+                            log_probs=defaultdict(dict), refused=sum("refused" in r for f in rows.values() for r in f))
+        e.name = f"{e.variant}, t={e.t}" if e.t or e.variant != "main" else "Q_BASE"
+        talks = read_conversations(files[s["conversations"]], tasks, personas)
+        e.talks = {key_of(row): row["conversation"] for row in talks if "refused" not in row}
+        e.responses = {pair_of(row): row for row in rows["responses"] if "refused" not in row}
+        for row in rows["log_probs"]:
+            if row["log_prob"] is not None:
+                e.log_probs[row["condition"]][key_of(row)] = row["log_prob"]
+        for row in rows["verdicts"]:
+            e.verdicts.setdefault(pair_of(row), []).append(row)
+        found.append(e)
+    if not found:
+        fail(f"{folder}: no evaluation of split {split} is there. evaluate.py writes them.")
+    found.sort(key=lambda e: (e.t > 0, e.variant != "main", e.variant, e.user, e.t))
+    for e in found:
+        e.base = next((other for other in found if other.t == 0 and other.user == e.user), e)
+    return found
 
 
-def interval_95(values, share=False):
-    """The 95 % interval [low, high] of a mean over {(task, persona): value}: `sem_two_way` times Student's t, with one
-    degree of freedom less than there are tasks or personas, whichever are fewer. A share has Wilson's interval, which
-    stays inside 0..1, for as many independent pairs as would have that standard error. None where that is None."""
-    from scipy.special import stdtrit                           # Student's t; scipy.stats takes a second to import
-    if (sem := sem_two_way(values)) is None:
-        return None
-    mean, q = sum(values.values()) / len(values), stdtrit(min(len(set(ids)) for ids in zip(*values)) - 1, 0.975)
-    if not share:
-        return [float(mean - q * sem), float(mean + q * sem)]
-    n = mean * (1 - mean) / sem ** 2 if sem else len(values)
-    half = q * math.sqrt(mean * (1 - mean) / n + q * q / (4 * n * n))
-    return [float((mean + q * q / (2 * n) + side) / (1 + q * q / n)) for side in (-half, half)]
+def golds(e, condition="q_experimental"):
+    """{pair: log p_QBASE(gold) in nats}"""
+    return of_pairs(e.log_probs[condition])
 
 
-# ---------------------------------------------------------------- tables
-
-TITLES = {"gold_log_prob": "Log-probability of the gold responses under Q_BASE (nats; mean ± SEM over pairs)",
-          "gold_log_prob_gain": "Gain in gold log-probability over Q_BASE (nats; mean ± SEM of paired differences)",
-          "win_rate": "Win rate against Q_BASE (wins + half the ties, ± SEM, over readable verdicts)"}
-CONDITIONS = {"q_experimental": "Q-Experimental", "q_random": "Q-Random", "negative_control": "negative control",
-              "positive_control": "positive control", "": ""}
+def points(e):
+    """{pair: 1 for a win, .5 for a tie, 0 for a loss} of the pairs with readable verdicts"""
+    verdicts = {pair: combine([row["verdict"] for row in rows]) for pair, rows in e.verdicts.items()}
+    return {pair: {"ours": 1.0, "tie": 0.5, "base": 0.0}[verdict] for pair, verdict in verdicts.items() if verdict}
 
 
-def table(results, metric, title, cell=None):
-    """Lines of the paper's table for one metric: a line for each condition, variant and Roleplayer, a column for each
-    iteration. Q_BASE stands in the first column of `main`. cell: a function from a row to its text."""
-    rows = [row for row in results if row["metric"] == metric]
-    if not rows:
-        return []
-    digits = 3 if metric.endswith(("rate", "share", "coverage")) else 2
-    cell = cell or (lambda row: " ± ".join(
-        f"{row[name]:.{digits}f}" for name in ("mean", "sem") if row[name] is not None))
-    numbers, several = {row["n"] for row in rows}, len({row["roleplayer"] for row in rows}) > 1
-    iterations = sorted({row["iteration"] for row in rows})
-    lines = defaultdict(dict)                                   # (condition, label) -> {iteration: text}
-    for row in sorted(rows, key=lambda row: (list(CONDITIONS).index(row["condition"]), row["variant"] != "main",
-                                             row["variant"], row["roleplayer"])):
-        condition, label = CONDITIONS[row["condition"]], ""
-        if not row["condition"].endswith("control"):
-            label = "  " * bool(condition) + row["variant"] + (f" ({row['roleplayer']})" if several else "")
-            lines[condition, ""] = {}
-        lines[condition, label][row["iteration"]] = cell(row)
-    width = max(len(label or condition) for condition, label in lines)
-    return ["", f"{title}; n = {' to '.join(map(str, sorted({min(numbers), max(numbers)})))}",
-            " " * width + "".join(f"{f't={t}' if t else 'Q_BASE':>16}" for t in iterations),
-            *((f"{label or condition:<{width}}" + "".join(f"{line.get(t, ''):>16}" for t in iterations)).rstrip()
-              for (condition, label), line in lines.items() if label or condition)]
+# ---------------------------------------------------------------- what a sceptic asks: a generator of rows each
+
+def summary(evaluations):
+    """Each model in one line.
+
+    log p(gold): nats under Q_BASE after the model's conversation (Q-Experimental). For this user alone: Q-Experimental
+    minus Q-Random, the same gold after another user's conversation; this is what asking gained, and not talking as such.
+    Gain: the paired difference to Q_BASE's log p(gold). Win rate: wins + half the ties.
+
+    log_probs.jsonl, verdicts.jsonl; section 4 of the paper."""
+    for e in evaluations:
+        yield {"model": e.name, "user": e.user, "log p(gold)": mean(golds(e)),
+               "for this user alone": mean(minus(golds(e), golds(e, "q_random"))),
+               "gain": mean(minus(golds(e), golds(e.base))) if e.t else "",
+               "win rate": mean(points(e), share=True) if e.t else "",
+               "n": f"{len(golds(e))} golds, {len(points(e))} verdicts, {e.refused} refused"}
 
 
-def tables(results):
-    """Lines of all tables of a run; after those of differences and win rates their 95 % intervals."""
-    def interval(row):
-        return "{:.2f} to {:.2f}".format(*row["interval_95"]) if row["interval_95"] else "-"
+def differences(evaluations):
+    """Paired differences.
 
-    lines = []
-    for metric, title in TITLES.items():
-        lines += table(results, metric, title)
-        if metric != "gold_log_prob":
-            lines += table(results, metric, f"{title.split(' (')[0]}: 95 % intervals, clustered by task and persona",
-                           interval)
-    return lines
+    The same pairs under two models. Where the interval leaves out 0 there is a difference. Smallest: the true
+    difference that so many pairs would show in 8 of 10 studies, at the 5 % level.
+
+    log_probs.jsonl, verdicts.jsonl; Cameron, Gelbach and Miller 2011; Bloom 1995."""
+    of = {(e.variant, e.t): e for e in reversed(evaluations) if e.user == evaluations[0].user}
+    for (variant, t), e in reversed(of.items()):
+        others = {(variant, t - 1) if t > 1 else ("main", 0), ("main", t)} - {(variant, t)} if t else ()
+        for other in sorted(others):
+            a, b = (e, of.get(other)) if other[1] < t else (of.get(other), e)
+            for what, values, digits in (("log p(gold)", golds, 2), ("win rate", points, 3)):
+                if a and b and (values := minus(values(a), values(b))):
+                    smallest = smallest_difference(values)
+                    yield {"difference": f"{a.name} - {b.name}", "of": what, "mean": mean(values, digits),
+                           "smallest": cell(smallest, None, digits), "n": str(len(values))}
+
+
+def win_rates(evaluations):
+    """Win rate by length of the conversation, and by order.
+
+    Wins + half the ties. At A, at B: where the model's answer stood; a judge without a bias for a place gives both the
+    same. A tie: the judge saw both orders, and contradicted itself.
+
+    verdicts.jsonl."""
+    for e in filter(points, evaluations):
+        turns, won = {pair: rows[0]["turns"] for pair, rows in e.verdicts.items()}, Counter(points(e).values())
+        verdicts = [(pair, row) for pair, rows in e.verdicts.items() for row in rows if row["verdict"]]
+        yield {"model": e.name, "user": e.user,
+               **{f"{k} question{'s' * (k > 1)}": mean({pair: x for pair, x in points(e).items() if turns[pair] == k},
+                                                       share=True) for k in sorted(set(turns.values()))},
+               **{f"at {place}": mean(of_pairs([(pair, row["verdict"] == "ours") for pair, row in verdicts
+                                                if row["order"] == order]), share=True)
+                  for place, order in (("A", "ours_first"), ("B", "base_first"))},
+               "won, tied, lost": f"{won[1]}, {won[0.5]}, {won[0]}", "unreadable": str(len(turns) - won.total())}
+
+
+def answers(evaluations):
+    """The answers, and the win rate if both had the same length.
+
+    log(p / (1 - p)) = a + b x (difference in words / its standard deviation), fitted to the verdicts, a tie as half a
+    win. Length-controlled is p at difference 0; "-" where the lengths are equal, or tell the winner by themselves. With
+    a question: share of the answers with a question mark; a model without regularisation asks on.
+
+    verdicts.jsonl, responses.jsonl; after Dubois et al. 2024 (AlpacaEval 2)."""
+    for e in evaluations:
+        texts = {pair: row["response"] for pair, row in e.responses.items()}
+        words = {pair: float(len(text.split())) for pair, text in texts.items()}
+        longer = minus(words, {pair: len(row["response"].split()) for pair, row in e.base.responses.items()})
+        both = {pair: (x, longer[pair]) for pair, x in points(e).items() if pair in longer}
+        if texts:
+            yield {"model": e.name, "user": e.user, "words": mean(words, 1),
+                   "more than Q_BASE": mean(longer, 1) if e.t else "",
+                   "with a question": mean({pair: float("?" in text) for pair, text in texts.items()}, share=True),
+                   "win rate": mean(points(e), share=True) if both else "",
+                   "length-controlled": cell(*map(share_of, jackknife(length_controlled, both))) if both else "",
+                   "n": str(len(texts))}
+
+
+def judges(evaluations):
+    """Two judges of the same answers.
+
+    Cohen's kappa = (agreement - agreement by chance) / (1 - agreement by chance). To have a second judge, run
+    evaluate.py again with another --judge, --variant and --output.
+
+    verdicts.jsonl of both; Cohen 1960."""
+    for i, a in enumerate(evaluations):
+        for b in evaluations[i + 1:]:
+            same = all(a.settings[name] == b.settings[name] for name in ("questioner", "conversations", "iteration"))
+            both = {pair: (x, points(b)[pair]) for pair, x in points(a).items() if pair in points(b)}
+            if same and a.settings["judge"] != b.settings["judge"]:
+                yield {"model": a.name, "judges": f"{a.settings['judge']}, {b.settings['judge']}",
+                       "first": mean(points(a), share=True), "second": mean(points(b), share=True),
+                       "kappa": cell(*jackknife(kappa, both)), "n": str(len(both))}
+
+
+def words_of(text):
+    return re.findall(r"[\w']+", text.lower().replace("’", "'"))
+
+
+def ngrams(texts, n):
+    return [gram for text in texts for gram in zip(*(words_of(text)[i:] for i in range(n)))]
+
+
+def talked(evaluations):
+    """The evaluations of different conversations: Q_BASE's answers on Q_t's conversations add none."""
+    first = {e.settings["conversations"]: e for e in reversed(evaluations)}
+    return [e for e in evaluations if first[e.settings["conversations"]] is e]
+
+
+def questions(evaluations):
+    """The questions.
+
+    Repeated: share of a conversation's questions that it has asked before, word for word. Distinct-n: different n-grams
+    / all n-grams of a pair's questions. Asked of others: share of the questions that some other user with the same task
+    is asked, too, word for word; 1: nothing is tailored to the user.
+
+    The conversations; Li et al. 2016 (distinct-n)."""
+    for e in talked(evaluations):
+        asked = [(key, turn["content"]) for key, talk in e.talks.items() for turn in talk[::2]]
+        of_talk, of_pair, users = defaultdict(list), defaultdict(list), defaultdict(set)
+        for (task, persona, sample), text in asked:
+            of_talk[task, persona, sample].append(text)
+            of_pair[task, persona].append(text)
+            users[task, text].add(persona)
+        yield {"model": e.name, "user": e.user,
+               "repeated": mean(of_pairs({key: 1 - len(set(texts)) / len(texts) for key, texts in of_talk.items()}), 3),
+               **{f"distinct-{n}": mean({pair: len(set(grams)) / len(grams) for pair, texts in of_pair.items()
+                                         if (grams := ngrams(texts, n))}) for n in (1, 2)},
+               "asked of others": mean(of_pairs([(key, len(users[key[0], text]) > 1) for key, text in asked])),
+               "words": mean(of_pairs([(key, len(words_of(text))) for key, text in asked]), 1), "n": str(len(of_pair))}
+
+
+def simulated_users(evaluations, personas):
+    """The simulated users.
+
+    Shares of the user's answers: with a question mark; with "you should", "I recommend" or the like, which is the
+    assistant's part; without I, me, my, we, us or our. Persona told: share of the persona's word trigrams that one
+    answer repeats; whoever tells everything at once makes any question a good one.
+
+    The conversations. tau2-bench counts such faults of its simulator among the failures of agents."""
+    known = {i: set(ngrams([row["persona"]], 3)) for i, row in personas.items()}
+    advice, self = (r"you (should|could|might want to|can try)|i('d| would)? (recommend|suggest)|as an ai",
+                    "i|me|my|mine|we|us|our|i'm|i've|i'd|i'll")
+    rules = {"asks back": lambda i, text: "?" in text,
+             "advises": lambda i, text: bool(re.search(rf"\b({advice})\b", " ".join(words_of(text)))),
+             "not in the first person": lambda i, text: not set(self.split("|")) & set(words_of(text)),
+             "persona told": lambda i, text: len(known[i] & set(ngrams([text], 3))) / max(1, len(known[i]))}
+    for e in talked(evaluations):
+        told = [(key, turn["content"]) for key, talk in e.talks.items() for turn in talk[1::2]]
+        yield {"asked by": e.name, "user": e.user, "n": str(len({key[:2] for key, _ in told})),
+               **{name: mean(of_pairs([(key, rule(key[1], text)) for key, text in told]), 3)
+                  for name, rule in rules.items()}}
+
+
+def gain_a_turn(evaluations):
+    """Log-probability of the gold after so many questions.
+
+    Nats under Q_BASE, of the pairs with the longest conversations, cut after 0, 1, ... questions.
+
+    log_probs.jsonl of VARIANTS=turns (shorten.py)."""
+    for e in evaluations:
+        cut = {int(c.variant.split("-after-")[1]): golds(c) for c in evaluations
+               if re.fullmatch(rf"{re.escape(e.variant)}-after-\d+", c.variant) and c.t == e.t}
+        steps = [golds(e.base, "negative_control"), *(cut[k] for k in sorted(cut)), golds(e)]
+        pairs = [pair for pair in golds(e) if all(pair in step for step in steps)]
+        if cut:
+            yield {"model": e.name, "n": str(len(pairs)),
+                   **{f"{k}": mean({pair: step[pair] for pair in pairs}) for k, step in enumerate(steps)}}
+
+
+def power(pairs, personas):
+    """The smallest win rate above one half that a study can show.
+
+    In 8 of 10 such studies, at the 5 % level: .5 + (t_.975 + t_.8) x SEM with personas - 1 degrees of freedom. Verdicts
+    on one persona resemble one another: correlation r multiplies the variance by 1 + (pairs / personas - 1) r.
+
+    Bloom 1995; the design effect of Kish 1965."""
+    for r in (0.0, 0.02, 0.05, 0.1, 0.2):
+        sem = 0.5 * math.sqrt((1 + (pairs / personas - 1) * r) / pairs)
+        yield {"pairs": str(pairs), "personas": str(personas), "r": f"{r:g}", "SEM": f"{sem:.3f}",
+               "smallest": f"{0.5 + sem * sum(student(personas - 1, p) for p in (0.975, 0.8)):.3f}"}
+
+
+# ---------------------------------------------------------------- conversations to read
+
+def examples(e):
+    """{why a pair is shown: pair}, by the gain in its gold's log-probability over Q_BASE."""
+    gains = {pair: x for pair, x in minus(golds(e), golds(e.base)).items()
+             if pair in e.responses and pair in e.base.responses}
+    ranked = sorted(gains, key=gains.get)
+    same = [pair for pair in ranked if e.responses[pair]["response"] == e.base.responses[pair]["response"]]
+    torn = [pair for pair in ranked if len({row["verdict"] for row in e.verdicts.get(pair, ())}) > 1]
+    chosen = {"the best gain": ranked[-1:], "the median": ranked[len(ranked) // 2:], "the worst": ranked,
+              "a tie: the same answer": same, "the judge contradicts itself in the other order": torn}
+    return {f"{why} ({gains[pairs[0]]:+.2f} nats)": pairs[0] for why, pairs in chosen.items() if pairs}
+
+
+def side(e, pair):
+    """A pair's conversation that was answered, its answer, and log p(gold) of each of its samples."""
+    row = e.responses[pair]
+    return {"name": e.name, "talk": e.talks[key_of(row)], "response": row["response"], "sample": row["sample"],
+            "nats": {key[2]: x for key, x in e.log_probs["q_experimental"].items() if key[:2] == pair}}
+
+
+# ---------------------------------------------------------------- the page
+
+def parse_args():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run", metavar="RUN", nargs="?", help="a folder that run.sh wrote, or evaluate.py into")
+    parser.add_argument("--split", default="test", help="of the tasks and personas")
+    parser.add_argument("--tasks", help="tasks (JSONL); default: RUN/tasks.jsonl, or data/tasks.jsonl")
+    parser.add_argument("--personas", help="personas (JSONL); default: RUN/personas.jsonl")
+    parser.add_argument("--gold", help="gold responses (JSONL); default: RUN/gold-SPLIT.jsonl")
+    parser.add_argument("--notes", metavar="FILE", help="a text that is shown on the page")
+    parser.add_argument("--published", action="store_true", help="draw the paper's values beside the run's")
+    parser.add_argument("--power", nargs=2, type=natural, metavar=("PAIRS", "PERSONAS"),
+                        help="print what a study of so many can show, and end")
+    return parser.parse_args()
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("run", metavar="RUN", help="a folder with a results.jsonl")
-    parser.add_argument("--split", default="test", help="of the tasks and personas")
-    args = parser.parse_args()
+    args = parse_args()
+    if args.power:
+        return print(*as_text(as_table(power, *args.power)), sep="\n")
     rows = [row for row in read_results(f"{args.run}/results.jsonl") if row["split"] == args.split]
     if not rows:
         fail(f"{args.run}/results.jsonl: no results on split {args.split}. evaluate.py writes them.")
-    print(*tables(rows), sep="\n")
+    for means in tables(rows):
+        print(*as_text(means), sep="\n")
+    own_tasks = f"{args.run}/tasks.jsonl"
+    tasks = read_tasks(args.tasks or (own_tasks if Path(own_tasks).exists() else "data/tasks.jsonl"))
+    personas = read_personas(args.personas or f"{args.run}/personas.jsonl")
+    gold = read_gold(args.gold or f"{args.run}/gold-{args.split}.jsonl")
+    evaluations = read_evaluations(args.run, args.split, tasks, personas)
+    whole = [e for e in evaluations if "-after-" not in e.variant]                  # the others are gain_a_turn's
+    folder = Path(args.run, "report")
+    folder.mkdir(exist_ok=True)
+    try:
+        from pictures import draw
+        pictures = draw(folder, rows, args.run, read_results("data/published.jsonl") if args.published else [])
+    except ModuleNotFoundError as error:
+        pictures = {}
+        print(f"\nNo pictures: {error}. `pip install -r requirements-report.txt` brings matplotlib.")
+    page = {"run": args.run, "split": args.split, "settings": evaluations[0].settings, "pictures": pictures,
+            "svg": {name: base64.b64encode((folder / f"{name}.svg").read_bytes()).decode() for name in pictures},
+            "notes": Path(args.notes).read_text(encoding="utf-8") if args.notes else "",
+            "tables": [as_table(summary, whole), *tables(rows),
+                       *(as_table(each, whole) for each in (differences, win_rates, answers, judges, questions)),
+                       as_table(gain_a_turn, evaluations), as_table(simulated_users, whole, personas)],
+            "examples": [(e, {why: (tasks[pair[0]]["task"], personas[pair[1]]["persona"], gold[pair],
+                                    [side(of, pair) for of in (e.base, e)], e.verdicts.get(pair, []))
+                              for why, pair in examples(e).items()}) for e in whole if e.t and examples(e)]}
+    for name in ("index.html", "report.md"):
+        templates = jinja2.Environment(loader=jinja2.FileSystemLoader(Path(__file__).parent / "data"), trim_blocks=True,
+                                       lstrip_blocks=True, undefined=jinja2.StrictUndefined, autoescape="html" in name)
+        write_whole(folder / name, templates.get_template(f"{name}.jinja").render(page))
+    print(f"\n{folder}/index.html: {sum(map(bool, page['tables']))} tables, {len(pictures)} pictures, conversations of "
+          f"{len(page['examples'])} models")
 
 
 if __name__ == "__main__":

@@ -5,12 +5,15 @@
 #   bash run.sh smoke     every step once: one iteration, two minutes
 #   bash run.sh small     a real Questioner of .5B on one card of 24 GB, 20 tasks x 10 people: docs/scale.md
 #   bash run.sh paper     the published settings: needs GPUs, servers and an API key; read the variables below first
+#   bash run.sh benchmark MODEL     any untrained Questioner (folder, hub name, openai:MODEL@URL) against Q_BASE on the
+#                         test split: one more line in the table of runs/benchmark
 #
 #   DRY_RUN=1    says how many calls, trainings and gigabytes that would be, and ends
 #   ORACLE=openai:MODEL  ROLEPLAYER=openai:MODEL@URL  WRITER=  JUDGE=  OTHER_ROLEPLAYER="one another"     who plays whom
 #   RUN=folder   where the output goes            SEED=n            of all randomness
 #   SPLIT=dev    evaluate on another split        ITERATIONS=n      of expert iteration
-#   VARIANTS="main base_answers other_user no_reg gold random permuted"        which; README's "The ablations" says what
+#   VARIANTS="main base_answers other_user no_reg gold random permuted base_questions hidden turns"
+#                which; README's "The ablations" says what
 #   LIMIT=n      a seeded sample of n (task, persona) pairs of each split: a trial before a large run
 #   SAMPLES=n    conversations for each pair      TEST_SAMPLES=n    the same on the split that is evaluated
 #   TASKS=file  TASKS_PER_SPLIT=n  PERSONAS=file  PERSONA_SPLITS=A=50,B=50,test=10  EXAMPLES=file      data of your own
@@ -18,6 +21,7 @@
 #   BASE=folder  another Q_BASE                   GPUS=n            to work on; or LAUNCH= and LAUNCH_TRAINING=command
 #   SERVE="vllm serve"           serves each Q_t while it asks and answers: any command that takes a folder and --port
 #   PERSONA_FLAGS, GOLD_FLAGS, SIMULATE_FLAGS, SELECT_FLAGS, TRAIN_FLAGS, EVALUATE_FLAGS     more flags for these stages
+#   REPORT_FLAGS --published draws the paper's values beside the run's
 #   SERVER_FLAGS more flags for all stages that ask a server: --concurrency, --timeout, --prices, --max-refused
 #   EXTRA=JSON   more arguments of all requests but the Roleplayer's
 #   STALE=remove removes what a changed variable has made stale, and makes it anew
@@ -32,7 +36,9 @@ MODE=${1:-toy}
 RUN=${RUN:-runs/$MODE${LIMIT:+-$LIMIT}}          # a trial has a folder of its own: a model is not prolonged
 RUN=${RUN%/} RUN=${RUN#./}                       # as the stages write their --output
 SEED=${SEED:-42} SPLIT=${SPLIT:-test} EXTRA=${EXTRA:-"{}"}
-MODEL=() ANSWER=() TALK=() SCORE=() LEARN=() toy='' ask=''   # what a mode adds to the stages' flags
+K=3                                              # the most questions in a conversation: simulate.py's --max-turns
+[[ ! $SIMULATE_FLAGS =~ --max-turns[\ =]([0-9]+) ]] || K=${BASH_REMATCH[1]}
+MODEL=() ANSWER=() TALK=() SCORE=() LEARN=() MODELS='' toy='' ask=''   # what a mode adds to the stages' flags
 
 refuse() {
     echo "run.sh: $*" >&2
@@ -65,7 +71,7 @@ toy | smoke)                                    # the embedded world (toy/): its
         LEARN=(--lr 2e-3 --batch-size 8 --micro-batch-size 8 --epochs 8)
     fi
     PERSONA_SPLITS=${PERSONA_SPLITS:-A=28,B=28,dev=8,test=8}     # 28 tasks x 8 personas = 224 pairs to evaluate on
-    toy=yes report=toy/check.py
+    toy=yes
     BASE=${BASE:-toy/base}
     LAUNCH=python LAUNCH_TRAINING=python
     MODEL=(--dtype float32)
@@ -79,8 +85,8 @@ toy | smoke)                                    # the embedded world (toy/): its
     export MALLOC_TRIM_THRESHOLD_=${MALLOC_TRIM_THRESHOLD_:-1000000000}
     export MALLOC_MMAP_THRESHOLD_=${MALLOC_MMAP_THRESHOLD_:-33554432}       # the largest that all versions accept
     ;;
-small | paper)
-    ask=--ask report=report.py
+small | paper | benchmark)
+    ask=--ask
     if [ "$MODE" = small ]; then                # the method on one card: docs/scale.md, "A small run", says why so
         VARIANTS=${VARIANTS:-main no_reg} ITERATIONS=${ITERATIONS:-2} TEST_SAMPLES=${TEST_SAMPLES:-4}
         TASKS_PER_SPLIT=${TASKS_PER_SPLIT:-20} PERSONA_SPLITS=${PERSONA_SPLITS:-A=10,B=10,test=10}
@@ -89,6 +95,10 @@ small | paper)
         SCORE=(--batch-size 32)                 # 150,000 words: at 64 the logits alone could have 20 GB
         # 190 examples: two epochs of small batches are 48 steps; at 64 and one epoch it would be 3
         LEARN=(--dtype float32 --batch-size 8 --micro-batch-size 2 --epochs 2)
+    elif [ "$MODE" = benchmark ]; then
+        [ -n "$2" ] || refuse "benchmark: name the model, such as bash run.sh benchmark Qwen/Qwen3-8B"
+        MODELS=$2 VARIANTS='' TEST_SAMPLES=${TEST_SAMPLES:-10} PERSONA_SPLITS=${PERSONA_SPLITS:-$SPLIT=10}
+        BASE=${BASE:-mistralai/Mistral-7B-Instruct-v0.2}
     else                                        # the published run's settings are the stages' defaults
         VARIANTS=${VARIANTS:-main base_answers no_reg gold} ITERATIONS=${ITERATIONS:-3} TEST_SAMPLES=${TEST_SAMPLES:-10}
         # Q_BASE: a local folder or a name on the hub. It is scored with, and is trained: always Hugging Face.
@@ -132,10 +142,11 @@ esac
 for variant in $VARIANTS; do
     case $variant in
     main | no_reg | gold | random | permuted) ;;
-    base_answers | other_user)                  # they need main's models
+    hidden) ;;
+    base_answers | other_user | base_questions | turns)         # they need main's models
         [[ " ${VARIANTS%%"$variant"*} " = *" main "* || -d $RUN/main ]] || refuse "VARIANTS: $variant comes after main" ;;
     *)
-        refuse "no variant $variant; there are: main base_answers other_user no_reg gold random permuted" ;;
+        refuse "no variant $variant; there are: main base_answers other_user no_reg gold random permuted base_questions hidden turns" ;;
     esac
 done
 users=" ${ROLEPLAYER%@http*} "
@@ -171,7 +182,7 @@ evaluate() {
     serve "$3" "$5/$SPLIT/responses.jsonl"
     "${EVALUATE[@]}" --variant "$1" --iteration "$2" --questioner "$served" --conversations "$4/$SPLIT.jsonl" \
         --output "$5/$SPLIT" "${@:6}" $EVALUATE_FLAGS
-    [ -z "$toy" ] ||                            # only the embedded world can be asked what matters
+    [ -z "$toy" ] || [[ " $* " = *" log_prob "* ]] ||           # only the embedded world can be asked what matters
         stage measure python toy/measure.py --variant "$1" --iteration "$2" --split "$SPLIT" --tasks "$TASKS" \
             --conversations "$4/$SPLIT.jsonl" --responses "$5/$SPLIT/responses.jsonl" --personas "$personas" \
             --results "$RUN/results.jsonl"
@@ -190,6 +201,7 @@ expert_iteration() {
         no_reg) target=none ;;
         gold) target=gold ;;
         random) rule=(--pick random) ;;                         # controls: the selection must matter
+        hidden) rule=(--response-prompt prompts/personalisation.txt) ;;
         permuted) rule=(--gold "$RUN/permuted.jsonl")           # by golds that were written for others
             stage permute python toy/permute.py --gold "$gold" --seed "$SEED" --output "$RUN/permuted.jsonl" ;;
         esac
@@ -235,15 +247,43 @@ everything() {
     [ -n "$PERSONAS" ] || stage personas $LAUNCH generate_personas.py --model "$WRITER" --extra "$EXTRA" --seed "$SEED" \
         --splits "$PERSONA_SPLITS" ${EXAMPLES:+--examples "$EXAMPLES"} --output "$personas" $SERVER_FLAGS $PERSONA_FLAGS
     # The evaluated split's have a file of their own: another SPLIT changes nothing that was made from the others.
-    [ -n "$GOLD" ] || "${ORACLES[@]}" --split A B --output "$gold" $GOLD_FLAGS
+    [ -n "$GOLD$MODELS" ] || "${ORACLES[@]}" --split A B --output "$gold" $GOLD_FLAGS
     [ -n "$GOLD$TEST_GOLD" ] || "${ORACLES[@]}" --split "$SPLIT" --output "$test_gold" $GOLD_FLAGS
 
     what="Q_BASE on $SPLIT"
     test_talk "$BASE" "$ROLEPLAYER" "$RUN/base"
     evaluate main 0 "$BASE" "$RUN/base" "$RUN/base"
 
+    for model in $MODELS; do                    # of `benchmark`
+        name=${model#openai:} name=${name%@http*} name=${name%/}
+        what=$name
+        test_talk "$model" "$ROLEPLAYER" "$RUN/models/${name//\//-}/1"
+        evaluate "$name" 1 "$model" "$RUN/models/${name//\//-}/1" "$RUN/models/${name//\//-}/1" "${JUDGED[@]}" "$RUN/base/$SPLIT"
+    done
+
     for variant in $VARIANTS; do
         case $variant in
+        base_questions)                         # Q_t answers on Q_BASE's conversations: what the answers alone gain
+            for ((t = 1; t <= ITERATIONS; t++)); do
+                what="base_questions t=$t"
+                evaluate base_questions "$t" "$RUN/main/$t/model" "$RUN/base" "$RUN/base_questions/$t" --metrics win_rate \
+                    "${JUDGED[@]}" "$RUN/base/$SPLIT"
+            done ;;
+        hidden)                                 # the released code's prompt: before training, and trained into the weights
+            what="base_hidden t=1"
+            evaluate base_hidden 1 "$BASE" "$RUN/base" "$RUN/base_hidden/1" --metrics win_rate \
+                --response-prompt prompts/personalisation.txt "${JUDGED[@]}" "$RUN/base/$SPLIT"
+            expert_iteration hidden ;;
+        turns)                                  # the gold's log-probability after 1, 2, ... questions
+            for ((t = 0; t <= ITERATIONS; t++)); do
+                talk=$RUN/main/$t model=$RUN/main/$t/model against=(--baseline "$RUN/base/$SPLIT")
+                [ "$t" != 0 ] || talk=$RUN/base model=$BASE against=()
+                for ((k = 1; k < K; k++)); do
+                    what="main t=$t after $k questions" cut=$RUN/main-after-$k/$t
+                    stage shorten python shorten.py --conversations "$talk/$SPLIT.jsonl" --turns $k --output "$cut/$SPLIT.jsonl"
+                    evaluate "main-after-$k" "$t" "$model" "$cut" "$cut" --metrics log_prob "${against[@]}"
+                done
+            done ;;
         base_answers)                           # Q_BASE answers on Q_t's conversations: what the questions alone gain
             for ((t = 1; t <= ITERATIONS; t++)); do
                 what="base_answers t=$t"
@@ -267,7 +307,13 @@ everything() {
         esac
     done
     what=''
-    stage report python $report "$RUN" --split "$SPLIT"
+    found=()
+    if [ -n "$toy" ]; then                      # which of the paper's findings hold
+        stage check python toy/check.py "$RUN" --split "$SPLIT" --output "$RUN/check.txt"
+        found=(--notes "$RUN/check.txt")
+    fi
+    stage report python report.py "$RUN" --split "$SPLIT" --tasks "$TASKS" --personas "$personas" --gold "$test_gold" \
+        "${found[@]}" $REPORT_FLAGS
 }
 
 embedded_world() {                              # URL: its server plays everybody but the Questioner

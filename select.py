@@ -32,7 +32,6 @@ if __name__ == "select":
     spec.loader.exec_module(sys.modules["select"])
 else:
     from collections import defaultdict
-    from pathlib import Path
 
     from common import (Request, Rows, SAMPLE, add_data_flags, add_model_flags, announce, answer_all, fail, key_of,
                         lines_of, natural, pair_of, read_conversations, read_gold, read_personas, read_tasks,
@@ -58,10 +57,7 @@ def select_random(log_probs, k, seed):
 
 def response_chat(name, task, conversation, prompt=None):
     """Line 5. What Q_{t-1} answers: figure 17's form, after the released code's prompt if there is one."""
-    chat = response_form(name, task, conversation)
-    if prompt:
-        chat[0]["content"] = f"{prompt}\n\n{chat[0]['content']}"
-    return chat
+    return response_form(name, task, conversation, prompt=prompt)
 
 
 def parse_args():
@@ -93,7 +89,7 @@ def main():
     scores = Rows(args, args.output.removesuffix(".jsonl") + ".scores.jsonl", SAMPLE, processes)
     output = Rows(args, args.output, SAMPLE, processes)
     # Training leaves it out, so that part of the gain is this prompt, distilled.
-    prompt = args.response_prompt and Path(args.response_prompt).read_text(encoding="utf-8").strip()
+    prompt = args.response_prompt and open(args.response_prompt, encoding="utf-8").read().strip()
 
     def form(row):
         return personas[row["persona_id"]]["name"], tasks[row["task_id"]]["task"], row["conversation"]

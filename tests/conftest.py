@@ -25,13 +25,15 @@ torch.set_num_threads(1)
 
 def pytest_configure(config):
     config.addinivalue_line("markers", "slow: many repetitions; run by `python -m pytest -m slow`")
+    config.addinivalue_line("markers", "browser: needs Chromium; run by `python -m pytest -m browser`")
 
 
 def pytest_collection_modifyitems(config, items):
-    if "slow" not in config.option.markexpr:
-        slow = [item for item in items if item.get_closest_marker("slow")]
-        config.hook.pytest_deselected(items=slow)
-        items[:] = [item for item in items if item not in slow]
+    for mark in ("slow", "browser"):
+        if mark not in config.option.markexpr:
+            marked = [item for item in items if item.get_closest_marker(mark)]
+            config.hook.pytest_deselected(items=marked)
+            items[:] = [item for item in items if item not in marked]
     items.sort(key=lambda item: item.path.stem not in ("test_smoke", "test_serve"))      # the longest first, side by side
 
 

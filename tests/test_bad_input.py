@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from hypothesis.configuration import set_hypothesis_home_dir
 
 import common
-import report
+import results
 import evaluate
 import gold
 from conftest import load_stage, save_model, write_rows
@@ -32,7 +32,7 @@ READERS = {
     common.read_gold: {"task_id": "A0", "persona_id": "A0", "split": "A", "gold": "Sencha."},
     read_conversations: {"task_id": "A0", "persona_id": "A0", "sample": 0, "split": "A", "conversation": TURNS},
     evaluate.read_responses: {"task_id": "A0", "persona_id": "A0", "sample": 0, "turns": 1, "response": "Sencha."},
-    report.read_results: {"variant": "main", "iteration": 1, "metric": "win_rate", "condition": "", "roleplayer": "r",
+    results.read_results: {"variant": "main", "iteration": 1, "metric": "win_rate", "condition": "", "roleplayer": "r",
                           "split": "test", "mean": 0.5, "sem": None, "n": 3},
 }
 ANY = st.recursive(st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),

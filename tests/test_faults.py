@@ -17,7 +17,7 @@ from types import SimpleNamespace
 import pytest
 
 import common
-import report
+import results
 import evaluate
 import generate_personas
 import gold
@@ -448,8 +448,8 @@ def test_a_full_disk_leaves_no_half_model(big, tiny, server, tmp_path):
 
 
 def test_a_full_disk_leaves_the_old_results(tmp_path):
-    row, path = {**dict.fromkeys(report.RESULT_KEY, ""), "iteration": 1, "mean": 0.5, "sem": None, "n": 3}, tmp_path / "r.jsonl"
-    report.write_results(path, [row])
+    row, path = {**dict.fromkeys(results.RESULT_KEY, ""), "iteration": 1, "mean": 0.5, "sem": None, "n": 3}, tmp_path / "r.jsonl"
+    results.write_results(path, [row])
     many = [{**row, "iteration": t} for t in range(99)]
-    stage = SimpleNamespace(__file__="r.py", main=lambda: report.write_results(path, many))
+    stage = SimpleNamespace(__file__="r.py", main=lambda: results.write_results(path, many))
     assert wait(forked(stage, [], tmp_path / "full", limit=3000)) == 2 and read_lines(path) == [row]

@@ -93,7 +93,8 @@ def test_the_full_run(record, tmp_path):
     commands = record()
     run = str(tmp_path / "r")
     assert [name for name, _ in commands[:4]] == ["toy/world.py", "toy/server.py", "generate_personas.py", "gold.py"]
-    assert commands[-1][0] == "toy/check.py"
+    assert [name for name, _ in commands[-2:]] == ["toy/check.py", "report.py"]
+    assert commands[-1][1]["--notes"] == commands[-2][1]["--output"] == [f"{run}/check.txt"]
     for variant in ("main", "no_reg", "gold"):
         models = of(commands, "train.py", f"/{variant}/")
         assert [flags["--output"][0] for flags in models] == [f"{run}/{variant}/{t}/model" for t in (1, 2, 3)]
@@ -283,7 +284,7 @@ def test_data_of_ones_own(record):
     commands = record("paper", ORACLE="o", ROLEPLAYER="r", PERSONAS="p.jsonl", GOLD="g.jsonl", TEST_GOLD="t.jsonl")
     assert not {"generate_personas.py", "gold.py"} & {name for name, _ in commands}
     golds = {(name, *flags["--gold"]) for name, flags in commands if "--gold" in flags}
-    assert golds == {("select.py", "g.jsonl"), ("train.py", "g.jsonl"), ("evaluate.py", "t.jsonl")}
+    assert golds == {("select.py", "g.jsonl"), ("train.py", "g.jsonl"), ("evaluate.py", "t.jsonl"), ("report.py", "t.jsonl")}
     assert all(flags["--personas"] == ["p.jsonl"] for _, flags in commands if "--personas" in flags)
     one = record("paper", ORACLE="o", ROLEPLAYER="r", GOLD="g.jsonl")
     assert {flags["--gold"][0] for _, flags in one if "--gold" in flags} == {"g.jsonl"} and not of(one, "gold.py")
@@ -319,8 +320,8 @@ def test_the_small_run(record, tmp_path):
 def test_each_stage_has_a_heading(record):
     commands = record("smoke")
     heads = [line for line in record.out.splitlines() if re.match(r"\d+/\d+ ", line)]
-    assert [line.split()[0] for line in heads] == [f"{n}/19" for n in range(1, 20)]
-    assert heads[0] == "1/19 personas" and "9/19 train main t=1" in heads and len(commands) == 19 + 2
+    assert [line.split()[0] for line in heads] == [f"{n}/20" for n in range(1, 21)]
+    assert heads[0] == "1/20 personas" and "9/20 train main t=1" in heads and len(commands) == 20 + 2
 
 
 def test_a_server_that_is_away_is_waited_for(record, tmp_path):
@@ -328,7 +329,7 @@ def test_a_server_that_is_away_is_waited_for(record, tmp_path):
         (tmp_path / "record.sleeps").unlink(missing_ok=True)
         commands = record("smoke", AT="base/conversations.jsonl", TIMES="6", **more)
         assert (tmp_path / "record.sleeps").read_text().split() == ["60", "120", "240", "480", "600", "600"]
-        assert record.said.count("a server is away") == 6 and commands[-1][0] == "toy/check.py"
+        assert record.said.count("a server is away") == 6 and commands[-1][0] == "report.py"
         assert len([1 for flags in of(commands, "simulate.py") if "base/conv" in flags["--output"][0]]) == 8    # 7, no_reg's
 
 
@@ -378,7 +379,7 @@ def test_one_run_at_a_time(bash, record, tmp_path):
     assert process.poll() is None and alive(stage) and (tmp_path / "r/tasks.jsonl").read_text() == tasks
     process.terminate()
     process.wait(timeout=20)
-    assert record("smoke")[-1][0] == "toy/check.py"
+    assert record("smoke")[-1][0] == "report.py"
 
 
 def test_what_a_killed_run_has_left_running_is_ended(bash, record, tmp_path):
@@ -387,10 +388,48 @@ def test_what_a_killed_run_has_left_running_is_ended(bash, record, tmp_path):
     process.wait(timeout=20)
     assert alive(stage) and (tmp_path / "record.up").exists()
     commands = record("smoke")
-    assert not alive(stage) and not (tmp_path / "record.up").exists() and commands[-1][0] == "toy/check.py"
+    assert not alive(stage) and not (tmp_path / "record.up").exists() and commands[-1][0] == "report.py"
 
 
 def test_usage():
     done = subprocess.run(["bash", "run.sh", "help"], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 2 and "bash run.sh smoke" in done.stderr and "set -eo" not in done.stderr
     assert "start it again with the same words" in done.stderr
+
+
+def test_attribution(record, tmp_path):
+    """Who asks and who answers, before and after training; the hidden prompt; the golds after each question."""
+    run, commands = f"{tmp_path}/r", record("smoke", VARIANTS="main base_questions hidden turns", ITERATIONS="2")
+    asked = {(flags["--variant"][0], flags["--iteration"][0]): (flags["--questioner"][0].removeprefix(run),
+             flags["--conversations"][0].removeprefix(run), flags.get("--response-prompt", [""])[0], *flags.get("--metrics", ()))
+             for flags in of(commands, "evaluate.py")}
+    hidden = "prompts/personalisation.txt"
+    assert asked["base_questions", "2"] == ("/main/2/model", "/base/test.jsonl", "", "win_rate")
+    assert asked["base_hidden", "1"] == ("toy/base", "/base/test.jsonl", hidden, "win_rate")
+    assert asked["hidden", "1"] == ("/hidden/1/model", "/hidden/1/test.jsonl", ""), "after training without the prompt"
+    assert [flags.get("--response-prompt") for flags in of(commands, "select.py", "/hidden/")] == [[hidden], [hidden]]
+    assert asked["main-after-2", "0"] == ("toy/base", "/main-after-2/0/test.jsonl", "", "log_prob")
+    assert asked["main-after-1", "2"] == ("/main/2/model", "/main-after-1/2/test.jsonl", "", "log_prob")
+    cut = {(flags["--conversations"][0], flags["--turns"][0], flags["--output"][0]) for flags in of(commands, "shorten.py")}
+    assert cut == {(f"{run}/{'main/' * (t > 0)}{t or 'base'}/test.jsonl", str(k), f"{run}/main-after-{k}/{t}/test.jsonl")
+                   for t in range(3) for k in (1, 2)}
+    measured = {flags["--variant"][0] for flags in of(commands, "toy/measure.py")} if of(commands, "toy/measure.py") else set()
+    assert not any("-after-" in name for name in measured), "there are no responses"
+    commands = record("smoke", VARIANTS="main turns", SIMULATE_FLAGS="--max-turns 2")
+    assert {flags["--turns"][0] for flags in of(commands, "shorten.py")} == {"1"}
+
+
+def test_benchmark(record, tmp_path):
+    run, who = f"{tmp_path}/r", {"ORACLE": "openai:o", "ROLEPLAYER": "openai:r@http://h/v1"}
+    for model, name in (("Qwen/Qwen3-8B", "Qwen/Qwen3-8B"), ("openai:a/b@http://x:1/v1", "a/b")):
+        commands, there = record("benchmark", model, **who), f"{run}/models/{name.replace('/', '-')}/1"
+        assert not of(commands, "train.py") + of(commands, "select.py")
+        assert [flags["--split"] for flags in of(commands, "gold.py")] == [["test"]]
+        assert of(commands, "generate_personas.py")[0]["--splits"] == ["test=10"]
+        base, ours = of(commands, "evaluate.py")
+        assert base["--iteration"] == ["0"] and ours["--baseline"] == base["--output"] == [f"{run}/base/test"]
+        assert (ours["--variant"], ours["--questioner"], ours["--output"]) == ([name], [model], [f"{there}/test"])
+        assert ours["--base"] == ["mistralai/Mistral-7B-Instruct-v0.2"] != ours["--questioner"], "the golds are Q_BASE's to score"
+        assert [flags["--questioner"] for flags in of(commands, "simulate.py")] == [["mistralai/Mistral-7B-Instruct-v0.2"], [model]]
+    record("benchmark", status=2, **who)
+    assert "benchmark: name the model" in record.said

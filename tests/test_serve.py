@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import common
-import report
+import results
 import evaluate
 import gold
 import simulate
@@ -174,5 +174,5 @@ def test_run_sh_serves_each_questioner_and_leaves_no_server(tmp_path):
                  for row in rows]
         replies = answers(local(ROOT / spec), [common.Request(form) for form in forms], 0.0, 1.0, 64)
         assert [row["response"] for row in rows] == [reply.text for reply in replies] and len(rows) == 3
-    assert {row["iteration"] for row in report.read_results(here / "results.jsonl")} == {0, 1}
+    assert {row["iteration"] for row in results.read_results(here / "results.jsonl")} == {0, 1}
     assert "not a pid" not in done.stderr

@@ -19,7 +19,7 @@ import common
 import evaluate
 import generate_personas
 import gold
-import report
+import results
 import simulate
 import train
 from conftest import ROOT, load_stage, read_lines, save_model, write_rows
@@ -440,29 +440,29 @@ def test_two_orders_combine():
 
 
 def test_standard_errors_by_hand():
-    assert report.mean_sem([1.0, 2.0, 6.0]) == {"mean": 3.0, "sem": pytest.approx(math.sqrt(7.0 / 3)), "n": 3}
-    assert report.mean_sem([1.0]) == {"mean": 1.0, "sem": None, "n": 1} and report.mean_sem([])["mean"] is None
+    assert results.mean_sem([1.0, 2.0, 6.0]) == {"mean": 3.0, "sem": pytest.approx(math.sqrt(7.0 / 3)), "n": 3}
+    assert results.mean_sem([1.0]) == {"mean": 1.0, "sem": None, "n": 1} and results.mean_sem([])["mean"] is None
     rows = [{"task_id": "t", "persona_id": p, "x": x} for p, x in (("a", 1.0), ("a", 3.0), ("b", 10.0))]
-    assert report.by_pair(rows, "x") == {("t", "a"): 2.0, ("t", "b"): 10.0}
+    assert results.by_pair(rows, "x") == {("t", "a"): 2.0, ("t", "b"): 10.0}
     # x = task effect alone (0, 0, 6, 6): all of the error is between tasks. By task: 2/1 * (6^2 + 6^2) / 16 = 9;
     # by persona: 0; by pair: 4/3 * 4 * 3^2 / 16 = 3; together 6. Pairs alone would say sqrt(3).
     values = {("t0", "a"): 0.0, ("t0", "b"): 0.0, ("t1", "a"): 6.0, ("t1", "b"): 6.0}
-    assert report.sem_two_way(values) == pytest.approx(math.sqrt(6))
+    assert results.sem_two_way(values) == pytest.approx(math.sqrt(6))
     # t.ppf(.975, 1) = 12.706 from any table, with two tasks and two personas
-    assert report.interval_95(values) == pytest.approx([3 - 12.7062 * math.sqrt(6), 3 + 12.7062 * math.sqrt(6)], rel=1e-4)
-    assert report.sem_two_way({("t0", "a"): 1.0, ("t1", "a"): 2.0}) is report.interval_95({}) is None
+    assert results.interval_95(values) == pytest.approx([3 - 12.7062 * math.sqrt(6), 3 + 12.7062 * math.sqrt(6)], rel=1e-4)
+    assert results.sem_two_way({("t0", "a"): 1.0, ("t1", "a"): 2.0}) is results.interval_95({}) is None
 
 
 def test_an_interval_of_a_share_is_wilsons_and_stays_within_0_and_1():
     """Independent pairs, 40 tasks x 40 people: 8 of 40 wins, against scipy's Wilson interval with t for z."""
     values = {(f"t{i}", f"p{i}"): float(i < 8) for i in range(40)}
     q = scipy.stats.t.ppf(0.975, 39)
-    sem = report.sem_two_way(values)
+    sem = results.sem_two_way(values)
     n = 0.16 / sem ** 2                                          # 39: the variance of a sample is divided by n - 1
     roots = np.roots([1 + q * q / n, -(2 * 0.2 + q * q / n), 0.2 ** 2])          # |p - .2| = q sqrt(p (1 - p) / n)
-    assert n == pytest.approx(39) and report.interval_95(values, share=True) == pytest.approx(sorted(roots))
+    assert n == pytest.approx(39) and results.interval_95(values, share=True) == pytest.approx(sorted(roots))
     for won in (0, 1, 39, 40):
-        low, high = report.interval_95({(f"t{i % 5}", f"p{i}"): float(i < won) for i in range(40)}, share=True)
+        low, high = results.interval_95({(f"t{i % 5}", f"p{i}"): float(i < won) for i in range(40)}, share=True)
         assert -1e-9 <= low <= won / 40 <= high <= 1 + 1e-9
 
 
@@ -471,7 +471,7 @@ def test_intervals_cover_where_tasks_and_people_vary():
     rng, covered = np.random.default_rng(0), 0
     for _ in range(200):
         task, person, noise = rng.normal(size=50), rng.normal(size=10), rng.normal(size=(50, 10))
-        low, high = report.interval_95({(i, j): task[i] + person[j] + noise[i, j] for i in range(50) for j in range(10)})
+        low, high = results.interval_95({(i, j): task[i] + person[j] + noise[i, j] for i in range(50) for j in range(10)})
         covered += low < 0 < high
     assert 0.9 < covered / 200 <= 1
 
@@ -546,7 +546,7 @@ def test_like_is_compared_with_like(run, world, tiny, server, short):
 
 
 def test_two_evaluations_may_write_results_side_by_side(tmp_path):
-    code = ("import sys; sys.path.append('.'); import report\nfor t in range(30):\n    report.write_results(sys.argv[1], "
+    code = ("import sys; sys.path.append('.'); import results\nfor t in range(30):\n    results.write_results(sys.argv[1], "
             "[{'variant': sys.argv[2], 'iteration': t, 'metric': 'm', 'condition': '', 'roleplayer': 'r', 'split': 's', "
             "'mean': 0.5, 'sem': None, 'n': 1}])")
     both = [subprocess.Popen([sys.executable, "-c", code, str(tmp_path / "r.jsonl"), name], cwd=ROOT) for name in "ab"]
@@ -557,8 +557,9 @@ def test_a_table_in_the_papers_layout():
     def row(t, condition, mean):
         return {"variant": "main", "iteration": t, "metric": "gold_log_prob", "condition": condition, "roleplayer": "r",
                 "split": "test", "mean": mean, "sem": 1.2, "n": 500}
-    lines = report.table([row(1, "q_random", -363.47), row(0, "positive_control", -267.47), row(0, "q_experimental", -359.81),
-                            row(1, "q_experimental", -350.86), row(0, "q_random", -369.96)], "gold_log_prob", "Title")
+    lines = results.as_text(results.table([
+        row(1, "q_random", -363.47), row(0, "positive_control", -267.47), row(0, "q_experimental", -359.81),
+        row(1, "q_experimental", -350.86), row(0, "q_random", -369.96)], "gold_log_prob", "Title"))
     assert [line.split() for line in lines[1:]] == [
         ["Title;", "n", "=", "500"], ["Q_BASE", "t=1"],
         ["Q-Experimental"], "main -359.81 ± 1.20 -350.86 ± 1.20".split(),

@@ -249,7 +249,7 @@ def test_measure_by_hand(tmp_path):
 
     tasks = [{"task_id": "t0", "split": "dev", "task": "Help me plan a bold dinner."},  # diet, budget
              {"task_id": "t1", "split": "test", "task": "I am looking for a decent coat."}]
-    personas = [{"persona_id": f"p{i}", "split": "dev", "name": "Anna", "persona": "I'm Anna."} for i in range(2)]
+    personas = [{"persona_id": f"p{i}", "split": "dev", "name": "Anna", "persona": f"I'm Anna. My diet is vegan. My city is {('Rome', 'Oslo')[i]}."} for i in range(2)]
     talk = {("p0", 0): turn("diet", "My diet is vegan.") + turn("pet", "dog.") + turn("diet", "vegan."),
             ("p0", 1): turn("budget", "I would rather not say."), ("p1", 0): turn("city", "My city is Oslo.")}
     # relevant: 1/3 (diet counts once) and 1, so p0 has 2/3, p1 has 0; covered: 1 of 2 and 0 of 1, so p0 has 1/4
@@ -269,12 +269,12 @@ def test_measure_by_hand(tmp_path):
     for _ in range(2):  # a rerun replaces its rows
         subprocess.run([*command, "--results", tmp_path / "results"], check=True)
     found = {row["metric"]: row for row in map(json.loads, (tmp_path / "results").read_text().splitlines())}
-    assert len((tmp_path / "results").read_text().splitlines()) == 4
+    assert len((tmp_path / "results").read_text().splitlines()) == 5
     expected = {"relevant_share": (1 / 3, 1 / 3), "coverage": (0.125, 0.125), "question_share": (0.5, 0.5),
-                "invented_facts": (1.0, 1.0)}
+                "used_facts": (0.5, 0.5), "invented_facts": (1.0, 1.0)}
     for metric, (mean, sem) in expected.items():  # two pairs a and b: SEM = |a - b| / 2
         assert found[metric] == {"variant": "main", "iteration": 1, "metric": metric, "condition": "", "n": 2,
-                                 "roleplayer": "roleplayer", "split": "dev", "mean": pytest.approx(mean),
+                                 "roleplayer": "roleplayer", "split": "dev", "title": measure.TITLES[metric], "mean": pytest.approx(mean),
                                  "sem": pytest.approx(sem)}
     assert measure.invented_facts("Your pet is dog.", [], "Help me plan a bold dinner.") == 1
 
@@ -394,7 +394,6 @@ def test_means_over_seeds():
     rows = {(row["variant"], row["iteration"], row["metric"]): row for row in check.over_seeds(runs)}
     row = rows["main", 1, "win_rate"]
     assert (row["mean"], row["sem"], row["n"]) == (pytest.approx(0.7), pytest.approx(0.1), 3)
-    assert check.over_seeds(runs[:1]) is runs[0]
 
 
 def test_ties_are_told_from_the_scores_that_the_judge_names(tmp_path):
@@ -410,30 +409,20 @@ def test_ties_are_told_from_the_scores_that_the_judge_names(tmp_path):
     assert check.outcomes(tmp_path, "dev") == {}
 
 
-def test_report_of_two_runs(tmp_path):
-    task, persona = people(1)[0][2], people(1)[0][1]
-    text = world.persona_text(persona, random.Random(0))
+def test_two_runs_are_checked(tmp_path):
     for seed in "12":
         run = tmp_path / seed
-        for folder, question in (("base", "What is your pet?"), ("main/1", "What is your job?")):
-            (run / folder / "test").mkdir(parents=True)
-            talk = [{"role": "assistant", "content": question}, {"role": "user", "content": "My pet is dog."}]
-            row = {"task_id": "t", "persona_id": "p", "sample": 0, "split": "test", "turns": 1}
-            (run / folder / "test.jsonl").write_text(json.dumps({**row, "conversation": talk}) + "\n")
-            (run / folder / "test/verdicts.jsonl").write_text("")
-            (run / folder / "test/responses.jsonl").write_text(json.dumps({**row, "response": f"after {question}"}) + "\n")
-        (run / "tasks.jsonl").write_text(json.dumps({"task_id": "t", "split": "test", "task": task}) + "\n")
-        (run / "personas.jsonl").write_text(json.dumps(
-            {"persona_id": "p", "split": "test", "name": persona["name"], "persona": text}) + "\n")
+        (run / "main/1/test").mkdir(parents=True)
+        (run / "main/1/test/verdicts.jsonl").write_text("")
         (run / "results.jsonl").write_text("".join(json.dumps(row) + "\n" for row in results_of()))
         (run / "main/2/test").mkdir(parents=True)                  # an evaluation that was interrupted
         (run / "main/1.old").mkdir()
     command = [sys.executable, ROOT / "toy/check.py"]
-    done = subprocess.run([*command, tmp_path / "1", tmp_path / "2"], capture_output=True, text=True, check=True)
+    done = subprocess.run([*command, tmp_path / "1", tmp_path / "2", "--output", tmp_path / "check.txt"],
+                          capture_output=True, text=True, check=True)
     assert done.stdout.count("Does it hold in") == 2 and "NO " not in done.stdout and "over 2 seeds" in done.stdout
-    line = next(line for line in done.stdout.splitlines() if line.startswith("assistant: What is your pet?"))
-    assert line.index("assistant: What is your job?") == 51 and "[Q_1]" in done.stdout
-    assert text in " ".join(done.stdout.split()) and max(map(len, done.stdout.splitlines())) <= 100
+    assert done.stdout.strip() == (tmp_path / "check.txt").read_text().strip()
+    assert max(map(len, done.stdout.splitlines())) <= 100 + len(str(tmp_path))
     (tmp_path / "1/results.jsonl").write_text("")
     done = subprocess.run([*command, tmp_path / "1"], capture_output=True, text=True)
     assert done.returncode == 2 and "no results of an iteration" in done.stderr and "Traceback" not in done.stderr

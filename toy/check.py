@@ -1,9 +1,9 @@
-"""The tables of a run, what the paper found and whether it holds here, and conversations before and after training.
+"""What the paper found, and whether it holds in a run of the embedded world; the tables of several runs.
 
     python toy/check.py runs/toy
     python toy/check.py runs/seed-100 runs/seed-101 runs/seed-102       # runs that differ in their seed
 
-Of several runs: means over the seeds, ± the standard deviation between them. The findings are checked run by run.
+Of several runs, means over the seeds are shown, ± the standard deviation between them. report.py shows one run.
 """
 import argparse
 import re
@@ -11,24 +11,18 @@ import statistics
 import sys
 import textwrap
 from collections import defaultdict
-from itertools import zip_longest
 from pathlib import Path
 
 import measure
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the stages; first, since PyPI has an "evaluate", too
-import evaluate  # noqa: E402
-from common import PAIR, fail, key_of, read_conversations, read_personas, read_rows, read_tasks  # noqa: E402
-from report import RESULT_KEY, TITLES, read_results, table  # noqa: E402
-
-WIDTH = 49  # of a column of text: two stand side by side in 100
+from common import PAIR, fail, read_rows, write_whole  # noqa: E402
+from results import RESULT_KEY, TITLES, as_text, read_results, table  # noqa: E402
 
 
 def over_seeds(runs):
-    """[results of a run, ...] -> rows for `report.table`: the mean of the runs' means, their standard deviation in
-    the place of the SEM, and the number of runs. The results of a single run stay what they are."""
-    if len(runs) == 1:
-        return runs[0]
+    """[results of a run, ...] -> rows for `results.table`: the mean of the runs' means, their standard deviation in
+    the place of the SEM, and the number of runs."""
     means = defaultdict(list)
     for row in (row for rows in runs for row in rows):
         means[tuple(row[name] for name in RESULT_KEY)].append(row["mean"])
@@ -178,44 +172,15 @@ def outcomes(run, split):
     return found
 
 
-def lines_of(row, response, who):
-    """A conversation and the response to it, as lines of text."""
-    turns = [f"{turn['role']}: {turn['content']}" for turn in row["conversation"]]
-    parts = [f"[{who}]", *turns, f"response: {response}"]
-    return [line for part in parts for line in textwrap.wrap(part, WIDTH, subsequent_indent="    ")]
-
-
-def side_by_side(run, split, count):
-    """Lines of text: the first judged pairs with the most questions (nobody chose them), Q_BASE's conversation beside
-    the last Q_t's."""
-    last = max((t for variant, t in evaluations(run, split) if variant == "main"), default=None)
-    if last is None:
-        return []
-    tasks, personas = read_tasks(f"{run}/tasks.jsonl"), read_personas(f"{run}/personas.jsonl")
-    talks, answers = [], []
-    for folder in (f"{run}/base", f"{run}/main/{last}"):
-        talks.append({key_of(row): row for row in read_conversations(f"{folder}/{split}.jsonl", tasks, personas)})
-        answers.append({key_of(row): row for row in evaluate.read_responses(f"{folder}/{split}/responses.jsonl")})
-    both, lines = sorted(set(answers[0]) & set(answers[1])), []
-    longest = max((answers[0][key]["turns"] for key in both), default=0)
-    for key in [key for key in both if answers[0][key]["turns"] == longest][:count]:
-        task, persona = tasks[key[0]], personas[key[1]]
-        left, right = (lines_of(talk[key], answer[key]["response"], who)
-                       for talk, answer, who in zip(talks, answers, ("Q_BASE", f"Q_{last}")))
-        lines += ["", task["task"], *textwrap.wrap(persona["persona"], 2 * WIDTH + 2), ""]
-        lines += [f"{a:<{WIDTH}}  {b}".rstrip() for a, b in zip_longest(left, right, fillvalue="")]
-    return lines
-
-
-def say(line):
-    print(textwrap.fill(line, 2 * WIDTH + 2, subsequent_indent=" " * 5))
+def wrapped(line):
+    return textwrap.fill(line, 100, subsequent_indent=" " * 5)
 
 
 def parse_args():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="+", metavar="RUN", help="folders that run.sh wrote")
     parser.add_argument("--split", default="test", help="of the tasks and personas")
-    parser.add_argument("--conversations", type=int, default=3, help="how many of the first run are shown")
+    parser.add_argument("--output", metavar="FILE", help="gets what is printed, too: the --notes of report.py")
     return parser.parse_args()
 
 
@@ -226,23 +191,28 @@ def main():
     for run, rows in runs.items():
         if not any(row["iteration"] for row in rows):
             fail(f"{run}/results.jsonl: no results of an iteration on split {args.split}. Run `RUN={run} bash run.sh`.")
-    for metric, title in {**TITLES, **measure.TITLES}.items():
-        if len(runs) > 1:
-            title = f"{title.split(' (')[0]} (mean over {len(runs)} seeds ± standard deviation)"
-        print(*table(over_seeds(list(runs.values())), metric, title), sep="\n")
+    lines = []
+    if len(runs) > 1:                                           # report.py has the tables of one run
+        for metric, title in {**TITLES, **measure.TITLES}.items():
+            means = table(over_seeds(list(runs.values())), metric,
+                          f"{title.split(' (')[0]} (mean over {len(runs)} seeds ± standard deviation)")
+            lines += as_text(means) if means else []
     shares = [outcomes(run, args.split) for run in runs]
-    print("\nBy the judge's scores: won, tied, lost, and the win rate with ties as halves (means over the runs)")
+    lines += ["", "By the judge's scores: won, tied, lost, and the win rate with ties as halves (means over the runs)"]
     for variant, t in sorted(set.intersection(*map(set, shares)), key=lambda key: (key[0] != "main", key)):
         won, tied, lost = (statistics.mean(column) for column in zip(*(share[variant, t] for share in shares)))
-        print(f"{variant}, t = {t}: {won:.3f} {tied:.3f} {lost:.3f}  {won + tied / 2:.3f}")
+        lines.append(f"{variant}, t = {t}: {won:.3f} {tied:.3f} {lost:.3f}  {won + tied / 2:.3f}")
     for run, rows in runs.items():
-        print(f"\nDoes it hold in {run}?")
+        lines += ["", f"Does it hold in {run}?"]
         for what, holds, figures in findings(rows):
-            say(f"{ {True: 'yes', False: 'NO ', None: '-- '}[holds]}  {what}: {figures}")
+            lines.append(wrapped(f"{ {True: 'yes', False: 'NO ', None: '-- '}[holds]}  {what}: {figures}"))
         for t, ours, base in sharpening(rows):
             share = f"sharpening: {(ours - base) / (ours - 0.5):.0%} of the win" if ours > 0.5 else "no win"
-            say(f"     t = {t}: main wins {ours:.3f}, with Q_BASE's answers on its conversations {base:.3f}; {share}")
-    print(*side_by_side(args.runs[0], args.split, args.conversations), sep="\n")
+            lines.append(wrapped(f"     t = {t}: main wins {ours:.3f}, with Q_BASE's answers on its conversations "
+                                 f"{base:.3f}; {share}"))
+    print(*lines, sep="\n")
+    if args.output:
+        write_whole(args.output, "\n".join(lines).lstrip() + "\n")
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
     relevant_share   of the questions asked: about a fact that matters for the task, and that was not asked for before
     coverage         facts that matter and that the user told, over the most that so many questions could bring
     question_share   of the responses: another question
+    used_facts       per response: facts of the persona that matter for the task, and that the response states
     invented_facts   per response: values of the world in it, each once, that occur in no user turn of the conversation
                      it answers and not in the task
 
@@ -26,11 +27,12 @@ import world
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the stages; first, since PyPI has an "evaluate", too
 from common import fail, key_of, read_conversations, read_personas, read_tasks, run  # noqa: E402
 from evaluate import read_responses, roleplayer_label  # noqa: E402
-from report import by_pair, mean_sem, write_results  # noqa: E402
+from results import by_pair, mean_sem, write_results  # noqa: E402
 
 TITLES = {"relevant_share": "Questions about a fact that matters, each fact once (share; mean over pairs, SEM)",
           "coverage": "Facts that matter and were told, of those possible (share; mean over pairs, SEM)",
           "question_share": "Responses that are another question (share; mean over pairs, SEM)",
+          "used_facts": "Facts of the persona that matter, in a response (mean over pairs, SEM)",
           "invented_facts": "Invented facts in a response (mean over pairs, SEM)"}
 
 
@@ -58,17 +60,25 @@ def invented_facts(response, conversation, task):
     return len(world.facts_in(response) - world.facts_in(" ".join([task, *told])))
 
 
-def measure(conversations, responses, tasks):
-    """Rows of both files and {task_id: task row} -> {metric: {(task_id, persona_id): mean over the pair's samples}}."""
+def used_facts(response, task, persona):
+    """How many facts of the persona that matter for the task the response states."""
+    matter = world.relevant_slots(task)
+    return sum(slot in matter for slot, _ in world.facts_in(response) & world.facts_in(persona))
+
+
+def measure(conversations, responses, tasks, personas):
+    """Rows of both files, {task_id: task row}, {persona_id: its row} -> {metric: {(task_id, persona_id): mean over the
+    pair's samples}}."""
     asked = {key_of(row): row["conversation"] for row in conversations}
     of_talks = {name: by_pair([{**row, name: of(row["conversation"], tasks[row["task_id"]]["task"])}
                                for row in conversations], name)
                 for name, of in (("relevant_share", relevant_share), ("coverage", coverage))}
-    another = [{**row, "value": is_question(row["response"])} for row in responses]
-    invented = [{**row, "value": invented_facts(
-        row["response"], asked[key_of(row)], tasks[row["task_id"]]["task"])}
-        for row in responses]
-    return {**of_talks, "question_share": by_pair(another, "value"), "invented_facts": by_pair(invented, "value")}
+    of_responses = {
+        "question_share": lambda row, task: is_question(row["response"]),
+        "used_facts": lambda row, task: used_facts(row["response"], task, personas[row["persona_id"]]["persona"]),
+        "invented_facts": lambda row, task: invented_facts(row["response"], asked[key_of(row)], task)}
+    return {**of_talks, **{name: by_pair([{**row, name: of(row, tasks[row["task_id"]]["task"])}
+                                          for row in responses], name) for name, of in of_responses.items()}}
 
 
 def parse_args():
@@ -94,9 +104,10 @@ def main():
     if not set(map(key_of, responses)) <= set(map(key_of, conversations)):
         fail(f"{args.responses}: answers conversations that are not in {args.conversations}. Give the file behind it.")
     rows, roleplayer = [], roleplayer_label(args.conversations, args.roleplayer)
-    for metric, pairs in measure(conversations, responses, tasks).items():
+    for metric, pairs in measure(conversations, responses, tasks, personas).items():
         rows.append({"variant": args.variant, "iteration": args.iteration, "metric": metric, "condition": "",
-                     "roleplayer": roleplayer, "split": args.split, **mean_sem(list(pairs.values()))})
+                     "roleplayer": roleplayer, "split": args.split, "title": TITLES[metric],
+                     **mean_sem(list(pairs.values()))})
     write_results(args.results, rows)
     print(f"{args.results}: {len(rows)} means, from {len(conversations)} conversations, {len(responses)} responses")
 
