@@ -109,13 +109,13 @@ def draw(folder, results, run, published=()):
                 ax.set_title(where if published else "", fontsize=10)
             save(figure, axes[:, 0], name, title, loc="upper center", bbox_to_anchor=(0.5, -0.1), ncols=3)
     if curves := training_curves(run):
-        figure, axes = pyplot.subplots(1, len(curves), figsize=(2.5 + 2.5 * len(curves), 3.5), squeeze=False,
+        figure, axes = pyplot.subplots(len(curves), figsize=(5.5, 1 + 2 * len(curves)), squeeze=False, sharex=True,
                                        sharey=True, layout="constrained")
-        for ax, (variant, of) in zip(axes[0], curves.items()):
+        for ax, (variant, of) in zip(axes[:, 0], curves.items()):
             for (t, losses), (colour, _, dash) in zip(of.items(), STYLES):
                 ax.plot(range(1, len(losses) + 1), losses, color=colour, linestyle=dash, linewidth=1,
                         label=f"{variant}, t={t}")
-            ax.set_xlabel("step")
-        axes[0][0].set_ylabel("nats a token")
-        save(figure, axes[0], "training", "Training loss")
+            ax.set_ylabel("nats a token")
+        axes[-1, 0].set_xlabel("step")
+        save(figure, axes[:, 0], "training", "Training loss")
     return drawn
