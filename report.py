@@ -21,8 +21,8 @@ from types import SimpleNamespace
 
 import jinja2                                                   # transformers' chat templates need it, too
 
-from common import (PAIR, SAMPLE, fail, fingerprint, key_of, natural, pair_of, read_conversations, read_gold,
-                    read_personas, read_rows, read_settings, read_tasks, run, write_whole)
+from common import (PAIR, SAMPLE, fail, fingerprint, key_of, natural, pair_of, printable, read_conversations,
+                    read_gold, read_personas, read_rows, read_settings, read_tasks, run, write_whole)
 from evaluate import combine
 from results import (as_table, as_text, cell, jackknife, kappa, length_controlled, mean, minus, of_pairs, read_results,
                      share_of, smallest_difference, student, tables)
@@ -65,8 +65,9 @@ def read_evaluations(folder, split, tasks, personas):
     if not found:
         fail(f"{folder}: no evaluation of split {split} is there. evaluate.py writes them.")
     found.sort(key=lambda e: (e.t > 0, e.variant != "main", e.variant, e.user, e.t))
+    nobody = SimpleNamespace(log_probs=defaultdict(dict), responses={})             # Q_BASE has not met this user
     for e in found:
-        e.base = next((other for other in found if other.t == 0 and other.user == e.user), e)
+        e.base = next((other for other in found if other.t == 0 and other.user == e.user), nobody)
     return found
 
 
@@ -336,7 +337,7 @@ def main():
     for name in ("index.html", "report.md"):
         templates = jinja2.Environment(loader=jinja2.FileSystemLoader(Path(__file__).parent / "data"), trim_blocks=True,
                                        lstrip_blocks=True, undefined=jinja2.StrictUndefined, autoescape="html" in name)
-        write_whole(folder / name, templates.get_template(f"{name}.jinja").render(page))
+        write_whole(folder / name, printable(templates.get_template(f"{name}.jinja").render(page)))
     print(f"\n{folder}/index.html: {sum(map(bool, page['tables']))} tables, {len(pictures)} pictures, conversations of "
           f"{len(page['examples'])} models")
 

@@ -63,7 +63,7 @@ def evaluation(run, where, variant, t, nats, response, verdict=None, judge="open
     if t == 0:
         files["log_probs"] += [{**k, "sample": 0, "condition": "negative_control", "log_prob": -20.0, "tokens": 9} for k in key]
     if verdict:
-        files["verdicts"] = [{**k, "order": order, "turns": len(talks(pair)) // 2, "raw": "<B> is \"better\" & shorter.",
+        files["verdicts"] = [{**k, "order": order, "turns": len(talks(pair)) // 2, "raw": "<B> is \"better\" & \x1b[1m shorter.",
                               "verdict": verdict(pair), **({} if verdict(pair) else {"refused": "unreadable"})}
                              for k, pair in zip(key, PAIRS) for order in orders]
     for name, rows in files.items():
@@ -99,6 +99,8 @@ def test_each_model_in_one_line(folder):
           ((gains - mean).sum(1), (gains - mean).sum(0), (gains - mean).ravel())]
     half = stats.t.ppf(0.975, 1) * max(by[0] + by[1] - by[2], by[2]) ** 0.5
     assert main["gain"] == f"{mean:.2f} ({mean - half:.2f} to {mean + half:.2f})"
+    shutil.rmtree(folder / "base")
+    assert table(report.summary, folder)[0]["gain"] == "-", "nothing to compare with"
 
 
 def test_paired_differences(folder):
@@ -262,7 +264,7 @@ def test_the_page(folder):
     sources = re.findall(r"(?:src|href|url)\s*[=(]\s*[\"']?([^\"' >)]{0,20})", page)
     assert sources and all(source.startswith("data:") for source in sources) and "<script" not in page
     ids = re.findall(r'\bid="([^"]+)"', page)
-    assert len(ids) == len(set(ids)) and "1 &lt; 2" in page and "Plan &lt;t0&gt;" in page and "tea &amp; cake" in page
+    assert len(ids) == len(set(ids)) and "\x1b" not in page + text and "1 &lt; 2" in page and "Plan &lt;t0&gt;" in page and "tea &amp; cake" in page
     for words in ("Paired differences", "main, t=1 - Q_BASE", "the best gain (+4.00 nats)", "-7.50", "-6.50*"):
         assert words in page and words in text, words
     assert "Plan <t0> | soon" in text and "yes  1 < 2" in text
