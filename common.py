@@ -53,12 +53,11 @@ def run(main):
 
 def printable(text):
     """A text without what would steer a terminal: models and servers wrote it."""
-    return re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", "?", text)
+    return re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ufffe\uffff]", "?", text)
 
 
 def seed_for(*parts):
-    """A number below 2**31 that depends on its parts alone: the same row gets the same randomness in any order of
-    work, on any number of processes, before and after a restart."""
+    """A number below 2**31 that depends on its parts alone: the same in any order, on any process, after a restart."""
     return int(hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:8], 16) >> 1
 
 
@@ -176,7 +175,8 @@ def fingerprint(value):
 
 def settings_of(args, **more):
     """{name: value} of all that decides a stage's rows: its flags, its source, and `more`, such as prompts."""
-    flags = {name: fingerprint(value) for name, value in vars(args).items() if name not in NEUTRAL}
+    flags = {name: value if name in ("split", "variant") else fingerprint(value)             # these name no file
+             for name, value in vars(args).items() if name not in NEUTRAL}
     return json.loads(json.dumps({"source": [fingerprint(sys.argv[0]), fingerprint(__file__)], **flags, **more}))
 
 
@@ -295,7 +295,7 @@ def response_form(name, task, conversation, persona=None, prompt=None):
     """Figure 17: the conversation without the elicitation prompt, the task repeated at the end of the last answer, to
     ask for a response and not for another question. `select`, `train` and `evaluate` see a conversation in this form.
 
-    No conversation: the negative control. A persona in the first turn: the positive control. A prompt stands before all.
+    No conversation: the negative control. A persona in the first turn: the positive control. A prompt stands first.
     """
     about = f" Here is some information about me:\n\n{persona}" if persona is not None else ""
     before = f"{prompt}\n\n" if prompt else ""

@@ -3,7 +3,7 @@
 Lines differ in colour, marker and dash, so that they can be told apart in grey and by the colour-blind.
 """
 import json
-from collections import Counter, defaultdict
+from collections import defaultdict
 from pathlib import Path
 
 import matplotlib
@@ -39,13 +39,13 @@ STYLES = list(zip("#000000 #D55E00 #0072B2 #009E73 #CC79A7 #E69F00 #56B4E9".spli
                   ("-", "--", "-.", ":", "-", "--", "-.")))
 
 
-def lines_of(results, name):
-    """{line: [row of results.jsonl, in order of t]} of a picture. A win rate begins at one half, every other variant's
-    log-probability at Q_BASE's."""
+def lines_of(results, name, user):
+    """{line: [row of results.jsonl, in order of t]} of a picture; user: the one of training. A win rate begins at one
+    half, every other variant's log-probability at Q_BASE's."""
     metric, _, drawn, line = PICTURES[name]
-    users = Counter(row["roleplayer"] for row in results).most_common()
-    rows = [{**row, "first_user": row["roleplayer"] == users[0][0], "several_users": len(users) > 1}
-            for row in results if row["metric"] == metric]
+    several = len({row["roleplayer"] for row in results}) > 1
+    rows = [{**row, "first_user": row["roleplayer"] == user, "several_users": several}
+            for row in results if row["metric"] == metric and row["mean"] is not None]
     def order(row):
         return row["variant"] != "main", row["variant"], list(CONDITIONS).index(row["condition"]), row["iteration"]
 
@@ -77,13 +77,13 @@ def panel(axes, lines, styles, chance=None):
 def training_curves(run):
     """{variant: {t: its losses, step by step}} from each model's log.jsonl."""
     curves = defaultdict(dict)
-    for path in sorted(Path(run).glob("*/*/model/log.jsonl")):
+    for path in sorted(Path(run).glob("*/[0-9]*/model/log.jsonl")):
         rows = map(json.loads, path.read_text().splitlines())
         curves[path.parts[-4]][int(path.parts[-3])] = [row["loss"] for row in rows if "loss" in row]
     return curves
 
 
-def draw(folder, results, run, published=()):
+def draw(folder, results, run, user, published=()):
     """Writes FOLDER/NAME.png and .svg; returns {name: title} of the pictures for which there is something to draw."""
     pyplot.rcParams.update({"svg.hashsalt": "", "font.size": 11, "axes.spines.top": False, "axes.spines.right": False})
     drawn = {}
@@ -98,7 +98,8 @@ def draw(folder, results, run, published=()):
         drawn[name] = title
 
     for name, (metric, title, *_) in PICTURES.items():
-        panels = {"this run": lines_of(results, name), "the paper": lines_of(published, name) if published else {}}
+        panels = {"this run": lines_of(results, name, user),
+                  "the paper": lines_of(published, name, "mixtral-8x7b") if published else {}}
         panels = {where: lines for where, lines in panels.items() if lines}
         if "this run" in panels and (name != "attribution" or len(panels["this run"]) > 1):
             styles = dict(zip(dict.fromkeys(line for lines in panels.values() for line in lines), 3 * STYLES))
@@ -112,7 +113,7 @@ def draw(folder, results, run, published=()):
         figure, axes = pyplot.subplots(len(curves), figsize=(5.5, 1 + 2 * len(curves)), squeeze=False, sharex=True,
                                        sharey=True, layout="constrained")
         for ax, (variant, of) in zip(axes[:, 0], curves.items()):
-            for (t, losses), (colour, _, dash) in zip(of.items(), STYLES):
+            for (t, losses), (colour, _, dash) in zip(sorted(of.items()), 3 * STYLES):
                 ax.plot(range(1, len(losses) + 1), losses, color=colour, linestyle=dash, linewidth=1,
                         label=f"{variant}, t={t}")
             ax.set_ylabel("nats a token")

@@ -13,7 +13,6 @@ persona) pairs, with 95 % intervals that are clustered by task and by persona (r
 """
 import argparse
 import base64
-import math
 import re
 from collections import Counter, defaultdict
 from pathlib import Path
@@ -24,13 +23,15 @@ import jinja2                                                   # transformers' 
 from common import (PAIR, SAMPLE, fail, fingerprint, key_of, natural, pair_of, printable, read_conversations,
                     read_gold, read_personas, read_rows, read_settings, read_tasks, run, write_whole)
 from evaluate import combine
-from results import (as_table, as_text, cell, jackknife, kappa, length_controlled, mean, minus, of_pairs, read_results,
-                     share_of, smallest_difference, student, tables)
+from results import (as_table, as_text, cell, jackknife, kappa, length_controlled, mean, minus, of_pairs, power,
+                     read_results, share_of, smallest_difference, tables)
+
+DATA = Path(__file__).parent / "data"
 
 # ---------------------------------------------------------------- the rows of all evaluations
 
 def read_evaluations(folder, split, tasks, personas):
-    """Every evaluation of the split under a run's folder, Q_BASE's first, then main's:
+    """Every evaluation of the split under a run's folder, Q_BASE's first, then main's, with the user of training first:
 
     talks      {(task, persona, sample): conversation}      responses  {pair: row}
     log_probs  {condition: {(task, persona, sample): nats}} verdicts   {pair: its rows, one for each order}
@@ -57,14 +58,15 @@ def read_evaluations(folder, split, tasks, personas):
         e.talks = {key_of(row): row["conversation"] for row in talks if "refused" not in row}
         e.responses = {pair_of(row): row for row in rows["responses"] if "refused" not in row}
         for row in rows["log_probs"]:
-            if row["log_prob"] is not None:
+            if row.get("log_prob") is not None:
                 e.log_probs[row["condition"]][key_of(row)] = row["log_prob"]
         for row in rows["verdicts"]:
             e.verdicts.setdefault(pair_of(row), []).append(row)
         found.append(e)
     if not found:
         fail(f"{folder}: no evaluation of split {split} is there. evaluate.py writes them.")
-    found.sort(key=lambda e: (e.t > 0, e.variant != "main", e.variant, e.user, e.t))
+    user = settings[min(settings, key=lambda path: (settings[path]["iteration"], len(path.parts)))]["roleplayer"]
+    found.sort(key=lambda e: (e.t > 0, e.user != user, e.user, e.variant != "main", e.variant, e.t))
     nobody = SimpleNamespace(log_probs=defaultdict(dict), responses={})             # Q_BASE has not met this user
     for e in found:
         e.base = next((other for other in found if other.t == 0 and other.user == e.user), nobody)
@@ -74,6 +76,11 @@ def read_evaluations(folder, split, tasks, personas):
 def golds(e, condition="q_experimental"):
     """{pair: log p_QBASE(gold) in nats}"""
     return of_pairs(e.log_probs[condition])
+
+
+def alone(e):
+    """{pair: Q-Experimental minus Q-Random}"""
+    return minus(golds(e), golds(e, "q_random"))
 
 
 def points(e):
@@ -88,31 +95,34 @@ def summary(evaluations):
     """Each model in one line.
 
     log p(gold): nats under Q_BASE after the model's conversation (Q-Experimental). For this user alone: Q-Experimental
-    minus Q-Random, the same gold after another user's conversation; this is what asking gained, and not talking as such.
-    Gain: the paired difference to Q_BASE's log p(gold). Win rate: wins + half the ties.
+    minus Q-Random, the same gold after another user's conversation: how much it matters whom the model asked. A part of
+    it is the harm that a stranger's answers do. Gain: the paired difference to Q_BASE's log p(gold). Win rate: wins +
+    half the ties. n: pairs with golds, with readable verdicts; rows that were refused or unreadable.
 
     log_probs.jsonl, verdicts.jsonl; section 4 of the paper."""
     for e in evaluations:
         yield {"model": e.name, "user": e.user, "log p(gold)": mean(golds(e)),
-               "for this user alone": mean(minus(golds(e), golds(e, "q_random"))),
+               "for this user alone": mean(alone(e)),
                "gain": mean(minus(golds(e), golds(e.base))) if e.t else "",
                "win rate": mean(points(e), share=True) if e.t else "",
-               "n": f"{len(golds(e))} golds, {len(points(e))} verdicts, {e.refused} refused"}
+               "n": f"{len(golds(e))}, {len(points(e))}; {e.refused}"}
 
 
 def differences(evaluations):
     """Paired differences.
 
-    The same pairs under two models. Where the interval leaves out 0 there is a difference. Smallest: the true
-    difference that so many pairs would show in 8 of 10 studies, at the 5 % level.
+    The same pairs under two models, with the user of training. Where the interval leaves out 0 there is a difference;
+    by chance alone 1 in 20 does. Smallest: the true difference that so many pairs would show in 8 of 10 studies, at the
+    5 % level. For this user alone: Q-Experimental minus Q-Random.
 
     log_probs.jsonl, verdicts.jsonl; Cameron, Gelbach and Miller 2011; Bloom 1995."""
     of = {(e.variant, e.t): e for e in reversed(evaluations) if e.user == evaluations[0].user}
     for (variant, t), e in reversed(of.items()):
-        others = {(variant, t - 1) if t > 1 else ("main", 0), ("main", t)} - {(variant, t)} if t else ()
-        for other in sorted(others):
+        others = {(variant, t - 1) if t > 1 else ("main", 0), ("main", t), (f"base_{variant}", t)} - {(variant, t)}
+        for other in sorted(others) if t else ():
             a, b = (e, of.get(other)) if other[1] < t else (of.get(other), e)
-            for what, values, digits in (("log p(gold)", golds, 2), ("win rate", points, 3)):
+            for what, values, digits in (("log p(gold)", golds, 2), ("for this user alone", alone, 2),
+                                         ("win rate", points, 3)):
                 if a and b and (values := minus(values(a), values(b))):
                     smallest = smallest_difference(values)
                     yield {"difference": f"{a.name} - {b.name}", "of": what, "mean": mean(values, digits),
@@ -142,8 +152,8 @@ def answers(evaluations):
     """The answers, and the win rate if both had the same length.
 
     log(p / (1 - p)) = a + b x (difference in words / its standard deviation), fitted to the verdicts, a tie as half a
-    win. Length-controlled is p at difference 0; "-" where the lengths are equal, or tell the winner by themselves. With
-    a question: share of the answers with a question mark; a model without regularisation asks on.
+    win, b held by a ridge of .01. Length-controlled is p at difference 0: an extrapolation where nearly all answers are
+    longer, or shorter. With a question: share of the answers with a question mark.
 
     verdicts.jsonl, responses.jsonl; after Dubois et al. 2024 (AlpacaEval 2)."""
     for e in evaluations:
@@ -169,11 +179,11 @@ def judges(evaluations):
     verdicts.jsonl of both; Cohen 1960."""
     for i, a in enumerate(evaluations):
         for b in evaluations[i + 1:]:
-            same = all(a.settings[name] == b.settings[name] for name in ("questioner", "conversations", "iteration"))
-            both = {pair: (x, points(b)[pair]) for pair, x in points(a).items() if pair in points(b)}
-            if same and a.settings["judge"] != b.settings["judge"]:
+            first, second = points(a), points(b)
+            if first and second and a.responses == b.responses and a.settings["judge"] != b.settings["judge"]:
+                both = {pair: (x, second[pair]) for pair, x in first.items() if pair in second}
                 yield {"model": a.name, "judges": f"{a.settings['judge']}, {b.settings['judge']}",
-                       "first": mean(points(a), share=True), "second": mean(points(b), share=True),
+                       "first": mean(first, share=True), "second": mean(second, share=True),
                        "kappa": cell(*jackknife(kappa, both)), "n": str(len(both))}
 
 
@@ -196,7 +206,7 @@ def questions(evaluations):
 
     Repeated: share of a conversation's questions that it has asked before, word for word. Distinct-n: different n-grams
     / all n-grams of a pair's questions. Asked of others: share of the questions that some other user with the same task
-    is asked, too, word for word; 1: nothing is tailored to the user.
+    is asked, too, word for word; 1: nothing is tailored to the user. More users or samples make it larger.
 
     The conversations; Li et al. 2016 (distinct-n)."""
     for e in talked(evaluations):
@@ -243,26 +253,13 @@ def gain_a_turn(evaluations):
 
     log_probs.jsonl of VARIANTS=turns (shorten.py)."""
     for e in evaluations:
-        cut = {int(c.variant.split("-after-")[1]): golds(c) for c in evaluations
-               if re.fullmatch(rf"{re.escape(e.variant)}-after-\d+", c.variant) and c.t == e.t}
-        steps = [golds(e.base, "negative_control"), *(cut[k] for k in sorted(cut)), golds(e)]
-        pairs = [pair for pair in golds(e) if all(pair in step for step in steps)]
+        cut = {int(c.variant.split("-after-")[1]): golds(c) for c in evaluations if (c.t, c.user) == (e.t, e.user)
+               and re.fullmatch(rf"{re.escape(e.variant)}-after-\d+", c.variant)}
+        steps = {0: golds(e.base, "negative_control"), **cut, max(map(len, e.talks.values())) // 2: golds(e)}
+        pairs = [pair for pair in golds(e) if all(pair in step for step in steps.values())]
         if cut:
-            yield {"model": e.name, "n": str(len(pairs)),
-                   **{f"{k}": mean({pair: step[pair] for pair in pairs}) for k, step in enumerate(steps)}}
-
-
-def power(pairs, personas):
-    """The smallest win rate above one half that a study can show.
-
-    In 8 of 10 such studies, at the 5 % level: .5 + (t_.975 + t_.8) x SEM with personas - 1 degrees of freedom. Verdicts
-    on one persona resemble one another: correlation r multiplies the variance by 1 + (pairs / personas - 1) r.
-
-    Bloom 1995; the design effect of Kish 1965."""
-    for r in (0.0, 0.02, 0.05, 0.1, 0.2):
-        sem = 0.5 * math.sqrt((1 + (pairs / personas - 1) * r) / pairs)
-        yield {"pairs": str(pairs), "personas": str(personas), "r": f"{r:g}", "SEM": f"{sem:.3f}",
-               "smallest": f"{0.5 + sem * sum(student(personas - 1, p) for p in (0.975, 0.8)):.3f}"}
+            yield {"model": e.name, "user": e.user, "n": str(len(pairs)),
+                   **{str(k): mean({pair: steps[k][pair] for pair in pairs}) for k in sorted(steps)}}
 
 
 # ---------------------------------------------------------------- conversations to read
@@ -273,7 +270,7 @@ def examples(e):
              if pair in e.responses and pair in e.base.responses}
     ranked = sorted(gains, key=gains.get)
     same = [pair for pair in ranked if e.responses[pair]["response"] == e.base.responses[pair]["response"]]
-    torn = [pair for pair in ranked if len({row["verdict"] for row in e.verdicts.get(pair, ())}) > 1]
+    torn = [pair for pair in ranked if {row["verdict"] for row in e.verdicts.get(pair, ())} >= {"ours", "base"}]
     chosen = {"the best gain": ranked[-1:], "the median": ranked[len(ranked) // 2:], "the worst": ranked,
               "a tie: the same answer": same, "the judge contradicts itself in the other order": torn}
     return {f"{why} ({gains[pairs[0]]:+.2f} nats)": pairs[0] for why, pairs in chosen.items() if pairs}
@@ -299,33 +296,39 @@ def parse_args():
     parser.add_argument("--published", action="store_true", help="draw the paper's values beside the run's")
     parser.add_argument("--power", nargs=2, type=natural, metavar=("PAIRS", "PERSONAS"),
                         help="print what a study of so many can show, and end")
-    return parser.parse_args()
+    args = parser.parse_args()
+    return args if args.run or args.power else parser.error("name a run's folder, or --power PAIRS PERSONAS")
 
 
 def main():
     args = parse_args()
     if args.power:
         return print(*as_text(as_table(power, *args.power)), sep="\n")
-    rows = [row for row in read_results(f"{args.run}/results.jsonl") if row["split"] == args.split]
+    rows = [row for row in read_results(f"{args.run}/results.jsonl") if row["split"] == args.split
+            and "-after-" not in row["variant"]]                # shortened conversations have a table of their own
     if not rows:
         fail(f"{args.run}/results.jsonl: no results on split {args.split}. evaluate.py writes them.")
     for means in tables(rows):
         print(*as_text(means), sep="\n")
-    own_tasks = f"{args.run}/tasks.jsonl"
-    tasks = read_tasks(args.tasks or (own_tasks if Path(own_tasks).exists() else "data/tasks.jsonl"))
+    tasks = read_tasks(args.tasks or next(filter(Path.exists, (Path(args.run, "tasks.jsonl"), DATA / "tasks.jsonl"))))
     personas = read_personas(args.personas or f"{args.run}/personas.jsonl")
     gold = read_gold(args.gold or f"{args.run}/gold-{args.split}.jsonl")
     evaluations = read_evaluations(args.run, args.split, tasks, personas)
-    whole = [e for e in evaluations if "-after-" not in e.variant]                  # the others are gain_a_turn's
-    folder = Path(args.run, "report")
+    whole = [e for e in evaluations if "-after-" not in e.variant]
+    folder = Path(args.run, "report" if args.split == "test" else f"report-{args.split}")
     folder.mkdir(exist_ok=True)
     try:
         from pictures import draw
-        pictures = draw(folder, rows, args.run, read_results("data/published.jsonl") if args.published else [])
+        published = read_results(DATA / "published.jsonl") if args.published else []
+        pictures = draw(folder, rows, args.run, evaluations[0].user, published)
     except ModuleNotFoundError as error:
         pictures = {}
         print(f"\nNo pictures: {error}. `pip install -r requirements-report.txt` brings matplotlib.")
-    page = {"run": args.run, "split": args.split, "settings": evaluations[0].settings, "pictures": pictures,
+    mine = [e for e in whole if (e.variant, e.user) == ("main", whole[0].user)]     # in order of t
+    page = {"last": mine[-1].t if mine else 0, "won": mean(points(mine[-1]), share=True) if mine else "-",
+            "gain": mean(minus(golds(mine[-1]), golds(mine[-1].base))) if mine else "-",
+            "run": args.run, "split": args.split, "settings": evaluations[0].settings, "pictures": pictures,
+            "variants": list(dict.fromkeys(e.variant for e in whole)),
             "svg": {name: base64.b64encode((folder / f"{name}.svg").read_bytes()).decode() for name in pictures},
             "notes": Path(args.notes).read_text(encoding="utf-8") if args.notes else "",
             "tables": [as_table(summary, whole), *tables(rows),
@@ -335,7 +338,7 @@ def main():
                                     [side(of, pair) for of in (e.base, e)], e.verdicts.get(pair, []))
                               for why, pair in examples(e).items()}) for e in whole if e.t and examples(e)]}
     for name in ("index.html", "report.md"):
-        templates = jinja2.Environment(loader=jinja2.FileSystemLoader(Path(__file__).parent / "data"), trim_blocks=True,
+        templates = jinja2.Environment(loader=jinja2.FileSystemLoader(DATA), trim_blocks=True,
                                        lstrip_blocks=True, undefined=jinja2.StrictUndefined, autoescape="html" in name)
         write_whole(folder / name, printable(templates.get_template(f"{name}.jinja").render(page)))
     print(f"\n{folder}/index.html: {sum(map(bool, page['tables']))} tables, {len(pictures)} pictures, conversations of "

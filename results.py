@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from common import pair_of, read_rows, write_whole
+from common import fail, pair_of, read_rows, write_whole
 
 RESULT_KEY = {"variant": str, "iteration": int, "metric": str, "condition": str, "roleplayer": str, "split": str}
 CONDITIONS = {"q_experimental": "Q-Experimental", "q_random": "Q-Random", "negative_control": "negative control",
@@ -105,14 +105,31 @@ def interval_95(values, share=False):
         return [float(mean - q * sem), float(mean + q * sem)]
     n = mean * (1 - mean) / sem ** 2 if sem else len(values)
     half = q * math.sqrt(mean * (1 - mean) / n + q * q / (4 * n * n))
-    return [float((mean + q * q / (2 * n) + side) / (1 + q * q / n)) for side in (-half, half)]
+    low, high = ((mean + q * q / (2 * n) + side) / (1 + q * q / n) for side in (-half, half))
+    return [max(0.0, float(low)), min(1.0, float(high))]
 
 
 def smallest_difference(values):
-    """The smallest true mean that a two-sided test at .05 finds in .8 of all studies like this one, in the values' unit:
-    (t_.975 + t_.8) x SEM, clustered (Bloom 1995). None where the SEM is None."""
+    """The smallest true mean that a two-sided test at .05 finds in .8 of all studies like this one: (t_.975 + t_.8) x
+    SEM, clustered, in the values' unit (Bloom 1995). None where the SEM is None."""
     sem = sem_two_way(values)
     return None if sem is None else (student(freedom(values), 0.975) + student(freedom(values), 0.8)) * sem
+
+
+def power(pairs, personas):
+    """The smallest win rate above one half that a study can show.
+
+    In 8 of 10 such studies, at the 5 % level: .5 + (t_.975 + t_.8) x SEM with personas - 1 degrees of freedom. Verdicts
+    on one persona resemble one another: correlation r multiplies the variance by 1 + (pairs / personas - 1) r.
+
+    Bloom 1995; the design effect of Kish 1965."""
+    if not 1 < personas <= pairs:
+        fail("--power PAIRS PERSONAS: at least two personas, and as many pairs.")
+    for r in (0.0, 0.02, 0.05, 0.1, 0.2):
+        sem = 0.5 * math.sqrt((1 + (pairs / personas - 1) * r) / pairs)
+        smallest = 0.5 + sem * sum(student(personas - 1, p) for p in (0.975, 0.8))
+        yield {"pairs": str(pairs), "personas": str(personas), "r": f"{r:g}", "SEM": f"{sem:.3f}",
+               "smallest": f"{smallest:.3f}" if smallest <= 1 else "none"}
 
 
 def jackknife(statistic, values):
@@ -135,18 +152,20 @@ def length_controlled(outcomes):
 
         log(p / (1 - p)) = a + b x difference / its standard deviation;    a tie counts as half a win
 
-    fitted by Newton's method (after Dubois et al. 2024, without their terms for models and instructions). None where the
-    lengths do not differ, or tell the winner without an error."""
+    fitted by Newton's method, with a ridge of .01 on b, which would grow for ever where longer answers always win.
+    (After Dubois et al. 2024, without their tanh, and their terms for models and instructions.) None where all lengths
+    are the same, or all verdicts."""
     points, difference = np.array(outcomes, dtype=float).reshape(-1, 2).T
     if len(points) < 3 or difference.std() == 0:
         return None
-    x, weights = np.stack([np.ones(len(points)), difference / difference.std()], axis=1), np.zeros(2)
+    x = np.stack([np.ones(len(points)), difference / difference.std()], axis=1)
+    weights, ridge = np.zeros(2), np.diag([0.0, 0.01])
     for _ in range(50):
         p = 1 / (1 + np.exp(-np.clip(x @ weights, -30, 30)))
-        curvature = x.T @ (x * (p * (1 - p))[:, None])
-        if np.linalg.cond(curvature) > 1e8:                     # separable: the weights grow for ever
+        curvature = x.T @ (x * (p * (1 - p))[:, None]) + ridge
+        if np.linalg.cond(curvature) > 1e8:                     # a grows for ever
             return None
-        step = np.linalg.solve(curvature, x.T @ (points - p))
+        step = np.linalg.solve(curvature, x.T @ (points - p) - ridge @ weights)
         weights = weights + step
         if abs(step).max() < 1e-10:
             return float(weights[0])
@@ -217,7 +236,7 @@ def tables(results):
         if metric in ("gold_log_prob_gain", "win_rate"):
             title = f"{titles[metric].split(' (')[0]}: 95 % intervals, clustered by task and persona"
             yield table(results, metric, title,
-                        lambda row: "{:.2f} to {:.2f}".format(*row["interval_95"]) if row["interval_95"] else "-")
+                        lambda row: "{:.2f} to {:.2f}".format(*row["interval_95"]) if row.get("interval_95") else "-")
 
 
 def cell(estimate, interval, digits=2):

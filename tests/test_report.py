@@ -44,14 +44,15 @@ def folder(tmp_path):
     return tmp_path
 
 
-def evaluation(run, where, variant, t, nats, response, verdict=None, judge="openai:judge", orders=("ours_first",), talks=None):
+def evaluation(run, where, variant, t, nats, response, verdict=None, judge="openai:judge", orders=("ours_first",), talks=None,
+               user="user"):
     """What simulate.py and evaluate.py would write."""
     (run / where / "test").mkdir(parents=True)
     talks = talks or (lambda pair: talk("What do you like?", "I like tea & cake.", "Where are you?", "At home.")
                       if pair[0] == "t1" else talk("What do you like?", "Tea?"))
     write_rows(run / where / "test.jsonl", [{"task_id": pair[0], "persona_id": pair[1], "sample": sample, "split": "test",
                                              "conversation": talks(pair)} for pair in PAIRS for sample in (0, 1)])
-    settings = {"split": "test", "iteration": t, "variant": variant, "roleplayer": "user", "judge": judge, "base": "b (0)",
+    settings = {"split": "test", "iteration": t, "variant": variant, "roleplayer": user, "judge": judge, "base": "b (0)",
                 "questioner": f"{where} (1)", "conversations": common.fingerprint(str(run / where / "test.jsonl"))}
     key = [dict(task_id=pair[0], persona_id=pair[1]) for pair in PAIRS]
     files = {"log_probs": [{**k, "sample": sample, "condition": condition, "tokens": 9,
@@ -69,7 +70,7 @@ def evaluation(run, where, variant, t, nats, response, verdict=None, judge="open
     for name, rows in files.items():
         write_rows(run / where / f"test/{name}.jsonl", rows)
         (run / where / f"test/{name}.jsonl.settings.json").write_text(json.dumps(settings))
-    rows = [{"variant": variant, "iteration": t, "metric": "gold_log_prob", "condition": "q_experimental", "roleplayer": "user",
+    rows = [{"variant": variant, "iteration": t, "metric": "gold_log_prob", "condition": "q_experimental", "roleplayer": user,
              "split": "test", "mean": -12.5 + t, "sem": 0.5, "n": 6, "interval_95": [-14.0, -11.0]}]
     if verdict:
         rows.append({**rows[0], "metric": "win_rate", "condition": "", "mean": 0.6, "interval_95": [0.3, 0.8]})
@@ -92,7 +93,7 @@ def test_each_model_in_one_line(folder):
     assert (base["model"], main["model"], base["gain"], base["win rate"]) == ("Q_BASE", "main, t=1", "", "")
     assert number(base["log p(gold)"]) == -12.5 and number(main["gain"]) == pytest.approx(8 / 6, abs=0.005)
     assert main["for this user alone"] == "1.00 (1.00 to 1.00)" and main["win rate"].startswith("0.60 (")
-    assert main["n"] == "6 golds, 5 verdicts, 1 refused"
+    assert main["n"] == "6, 5; 1"
     # The interval by hand: clusters of tasks and of personas, t with 1 degree of freedom.
     gains, mean = np.array([*GAINS.values()]).reshape(2, 3), 8 / 6
     by = [len(s) / (len(s) - 1) * (s ** 2).sum() / 36 for s in
@@ -115,6 +116,20 @@ def test_paired_differences(folder):
     assert ("main, t=1 - Q_BASE", "log p(gold)") in rows and ("main, t=1 - main, t=1", "log p(gold)") not in rows
 
 
+def test_the_user_of_training_comes_first_whatever_the_name(folder):
+    evaluation(folder, "other/another/base", "main", 0, lambda pair: -99.0, response=lambda pair: "x", user="another")
+    evaluation(folder, "other/another/1", "main", 1, lambda pair: -90.0, response=lambda pair: "x", user="another", verdict=POINTS.get)
+    assert [(row["model"], row["user"]) for row in table(report.summary, folder)] == [
+        ("Q_BASE", "user"), ("Q_BASE", "another"), ("main, t=1", "user"), ("main, t=1", "another")]
+    rows = {(row["difference"], row["of"]): row for row in table(report.differences, folder)}
+    assert number(rows["main, t=1 - Q_BASE", "log p(gold)"]["mean"]) == pytest.approx(8 / 6, abs=0.005)
+    assert number(rows["main, t=1 - Q_BASE", "for this user alone"]["mean"]) == 0.0
+    _, page, _ = made(folder)
+    assert "user: user." in page and "by 1.33 (" in page
+    shutil.rmtree(folder / "other/another/base")                       # Q_BASE has not met this one: nothing to compare
+    assert table(report.summary, folder)[-1]["gain"] == "-"
+
+
 def test_the_smallest_difference_is_found_in_8_of_10_studies():
     rng, found, smallest = np.random.default_rng(0), 0, []
     for _ in range(1500):
@@ -128,12 +143,16 @@ def test_the_smallest_difference_is_found_in_8_of_10_studies():
 
 
 def test_power_before_a_run():
-    rows = list(report.power(300, 10))
+    rows = list(results.power(300, 10))
     t = stats.t.ppf([0.975, 0.8], 9).sum()
     assert rows[0]["smallest"] == f"{0.5 + t * 0.5 / 300 ** 0.5:.3f}"
     assert rows[3]["r"] == "0.1" and rows[3]["smallest"] == f"{0.5 + t * 0.5 * ((1 + 29 * 0.1) / 300) ** 0.5:.3f}"
     done = subprocess.run([sys.executable, ROOT / "report.py", "--power", "300", "10"], capture_output=True, text=True)
     assert done.returncode == 0 and rows[3]["smallest"] in done.stdout
+    assert list(results.power(2, 2))[0]["smallest"] == "none"
+    for few in (["300", "1"], ["10", "300"]):
+        done = subprocess.run([sys.executable, ROOT / "report.py", "--power", *few], capture_output=True, text=True)
+        assert done.returncode == 2 and "at least two personas" in done.stderr
 
 
 def test_win_rates_by_length_order_and_ties(folder):
@@ -166,10 +185,12 @@ def test_length_controlled_win_rate_against_statsmodels():
     points = np.where(rng.random(200) < 0.1, 0.5, rng.random(200) < 1 / (1 + np.exp(-0.5 - longer / 10)))
     fit = sm.GLM(points, sm.add_constant(longer / longer.std()), family=sm.families.Binomial()).fit()
     mine = results.length_controlled(list(zip(points, longer)))
-    assert mine == pytest.approx(fit.params[0], abs=1e-6)
-    assert results.share_of(mine) == pytest.approx(fit.predict([[1, 0]])[0]) and results.share_of([0.0, None])[0] == 0.5
-    assert results.length_controlled([(1, 1), (0, -1), (1, 2), (0, -2)]) is None, "separable"
+    assert mine == pytest.approx(fit.params[0], abs=1e-4), "the ridge changes little"
+    assert results.share_of(mine) == pytest.approx(fit.predict([[1, 0]])[0], abs=1e-4) and results.share_of([0.0, None])[0] == 0.5
+    # The longer answer always wins: among the equal ones 6 of 10 do.
+    assert results.share_of(results.length_controlled([(1, 0)] * 6 + [(0, 0)] * 4 + [(1, 5)] * 3)) == pytest.approx(0.6, abs=0.01)
     assert results.length_controlled([(1, 2), (0, 2), (1, 2)]) is None and results.length_controlled([]) is None
+    assert results.length_controlled([(1, 2), (1, 1), (1, 3)]) is None, "all won"
 
 
 def test_kappa_against_statsmodels(folder):
@@ -238,6 +259,9 @@ def test_gain_a_turn_of_shortened_conversations(folder):
     assert done.returncode == 2 and "more than 1 questions" in done.stderr and not (folder / "x.jsonl").exists()
     shutil.rmtree(folder / "main-after-1")
     evaluation(folder, "main-after-1/1", "main-after-1", 1, lambda pair: -16.0, response=lambda pair: "x")
+    (folder / "results.jsonl").unlink()
+    evaluation(folder, "another/a/base", "main", 0, lambda pair: -99.0, response=lambda pair: "x", user="another")
+    evaluation(folder, "another/a/1", "main", 1, lambda pair: -98.0, response=lambda pair: "x", user="another")
     row, = table(report.gain_a_turn, folder)
     assert [number(row[k]) for k in "012"] == [-20.0, -16.0, pytest.approx(-12.5 + 8 / 6, abs=0.005)] and row["n"] == "6"
 
@@ -267,7 +291,8 @@ def test_the_page(folder):
     assert len(ids) == len(set(ids)) and "\x1b" not in page + text and "1 &lt; 2" in page and "Plan &lt;t0&gt;" in page and "tea &amp; cake" in page
     for words in ("Paired differences", "main, t=1 - Q_BASE", "the best gain (+4.00 nats)", "-7.50", "-6.50*"):
         assert words in page and words in text, words
-    assert "Plan <t0> | soon" in text and "yes  1 < 2" in text
+    assert "Plan &lt;t0&gt; \\| soon" in text and "yes  1 < 2" in text
+    assert "by 1.33 (" in page and "in 0.60 (" in page and "<strong>main</strong>: the method" in page
     pictures = {path.name for path in (folder / "report").iterdir()}
     assert pictures == {"index.html", "report.md", *(f"{name}.{kind}" for name in ("win_rates", "log_probs", "variants")
                                                      for kind in ("png", "svg"))}
@@ -286,10 +311,11 @@ def test_what_is_drawn_is_what_was_measured(folder):
     import pictures
     rows = results.read_results(folder / "results.jsonl")
     rows.append({**rows[0], "variant": "no_reg", "iteration": 1, "mean": -11.0, "interval_95": None})
-    lines = pictures.lines_of(rows, "variants")
+    rows.append({**rows[0], "variant": "none", "iteration": 1, "mean": None, "sem": None})          # nothing was readable
+    lines = pictures.lines_of(rows, "variants", "user")
     assert {line: [row["mean"] for row in of] for line, of in lines.items()} == {"main": [-12.5, -11.5], "no_reg": [-12.5, -11.0]}
-    assert [row["mean"] for row in pictures.lines_of(rows, "win_rates")["main"]] == [0.5, 0.6]
-    assert pictures.lines_of(rows, "users") == {}, "there is one user"
+    assert [row["mean"] for row in pictures.lines_of(rows, "win_rates", "user")["main"]] == [0.5, 0.6]
+    assert pictures.lines_of(rows, "users", "user") == {}, "there is one user"
     figure, axes = pictures.pyplot.subplots()
     pictures.panel(axes, lines, {"main": pictures.STYLES[0], "no_reg": pictures.STYLES[1]})
     main, no_reg = (container.lines for container in axes.containers)
@@ -298,9 +324,9 @@ def test_what_is_drawn_is_what_was_measured(folder):
     assert tuple(no_reg[2][0].get_segments()[1][:, 1]) == (-11.5, -10.5), "without an interval: the standard error"
     pictures.pyplot.close(figure)
     published = results.read_results(ROOT / "data/published.jsonl")
-    users = pictures.lines_of(published, "users")
+    users = pictures.lines_of(published, "users", "mixtral-8x7b")
     assert [row["mean"] for row in users["gemma-7b"]] == [0.5, 0.628, 0.608, 0.598] and len(users) == 3
-    assert [row["mean"] for row in pictures.lines_of(published, "log_probs")["Q-Experimental"]] == [-359.81, -350.86, -344.71, -339.22]
+    assert [row["mean"] for row in pictures.lines_of(published, "log_probs", "mixtral-8x7b")["Q-Experimental"]] == [-359.81, -350.86, -344.71, -339.22]
 
 
 def test_training_curves(folder):

@@ -79,9 +79,9 @@ def findings(rows):
     def main_wins():
         best = max(range(1, T + 1), key=lambda t: mean("main", t, "win_rate"))
         win, error = mean("main", best, "win_rate"), sem("main", best, "win_rate")
-        return (win >= 0.6 and win - 1.96 * error > 0.5,
-                f"{listed(each('main', 'win_rate'))}; t = {best}: 95 % interval "
-                f"{listed([win - 1.96 * error, win + 1.96 * error])}")
+        ends = cells["main", best, "win_rate", ""].get("interval_95") or [win - 1.96 * error, win + 1.96 * error]
+        return (win >= 0.6 and ends[0] > 0.5,
+                f"{listed(each('main', 'win_rate'))}; t = {best}: 95 % interval {listed(ends)}")
 
     def no_reg_asks():
         asks, wins = each("no_reg", "question_share"), each("no_reg", "win_rate")
