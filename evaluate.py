@@ -137,8 +137,7 @@ def read_responses(path):
 
 
 def roleplayer_label(conversations, given):
-    """Who played the user in a file of conversations: the name given, or what its settings say, without a
-    folder's content."""
+    """Who played the user in a file of conversations: the name given, or its settings', without a folder's content."""
     name = given or read_settings(conversations).get("roleplayer") or fail(
         f"--roleplayer: {conversations}.settings.json is not there to say who played the user. Give a name.")
     return re.sub(r"^openai:| \(\w{12}\)$", "", name)
