@@ -38,6 +38,7 @@ from common import (Request, Rows, add_model_flags, amount, announce, fail, line
 ROLEPLAY_PROMPT = read_prompt("aloe_roleplay")
 INDUCTION_PROMPT = read_prompt("aloe_induction")
 HINT = read_prompt("aloe_hint")
+TEXT = "word " * 40                 # an estimate: what a message to come is taken for
 
 
 def roleplayer_chat(person, conversation):
@@ -60,9 +61,9 @@ def hinted(conversation, revealed):
 
 
 def walked(rounds):
-    """The conversation of some rounds as messages: m_1, s_1, m_2, s_2, ..."""
-    return [turn for r in rounds for turn in ({"role": "user", "content": r["user"]},
-                                              {"role": "assistant", "content": r[r.get("chosen", "reply")]})]
+    """The conversation of some rounds, of which the last may lack a reply, as messages: m_1, s_1, m_2, s_2, ..."""
+    return [{"role": role, "content": r[field]} for r in rounds for role, field in (
+        ("user", "user"), ("assistant", r.get("chosen", "reply"))) if field in r]
 
 
 def invented(revealed, person):
@@ -106,8 +107,9 @@ class Speaker(NamedTuple):
     chat: object                    # (person, messages so far, this round so far) -> what the model sees
 
 
-def talk(output, people, steps, speakers, choose, what):
-    """Simulates the conversations of those people whom `output` does not have, and saves them. speakers: {field: Speaker}
+def talk(output, people, steps, speakers, choose, what, *later):
+    """Simulates the conversations of those people whom `output` does not have, and saves them. speakers: {field:
+    Speaker}; later: what else is announced.
 
     A block of people goes step by step, and is saved as a whole. Two blocks are under way: while a server answers one,
     the other asks.
@@ -116,12 +118,10 @@ def talk(output, people, steps, speakers, choose, what):
     size = max(1, args.batch_size // max(map(len, steps)))      # two replies to half as many people are a batch, too
     blocks = [list(people)[i:i + size] for i in range(0, len(people), size)]
     todo = [block for block in blocks if not all(key in output for key in block)]
-    # An estimate: a message to come is taken for 40 words, and a chat of the middle round for all.
-    text = "word " * 40
-    history = walked([{"user": text, "reply": text}] * (K // 2))
+    history = walked([{"user": TEXT, "reply": TEXT}] * (K // 2))               # a chat of the middle round stands for all
     announce(output, *((speaker.spec, [speaker.chat(
-        people[key], history + [{"role": "user", "content": text}] * (field != "user"), {"revealed": text})
-        for block in todo for key in block] * K, args.max_tokens) for field, speaker in speakers.items()))
+        people[key], history + [{"role": "user", "content": TEXT}] * (field != "user"), {"revealed": TEXT})
+        for block in todo for key in block] * K, args.max_tokens) for field, speaker in speakers.items()), *later)
     models = {spec: open_model(spec, args, output.processes) for spec in {s.spec for s in speakers.values()} if todo}
 
     def ask(k, asked, rows):
@@ -129,9 +129,8 @@ def talk(output, people, steps, speakers, choose, what):
             requests = {}
             for key, field in asked:
                 if speakers[field][:2] == (spec, temperature):
-                    *before, now = rows[key]["rounds"]
-                    so_far = walked(before) + [{"role": "user", "content": now["user"]}] * ("user" in now)
-                    requests[key, field] = Request(speakers[field].chat(people[key], so_far, now),
+                    rounds = rows[key]["rounds"]
+                    requests[key, field] = Request(speakers[field].chat(people[key], walked(rounds), rounds[-1]),
                                                    seed_for(args.seed, field, *key, k))
             yield from models[spec].generate(requests, temperature, args.top_p, args.max_tokens)
 
@@ -169,7 +168,7 @@ def talk_parser(manual, output, split):
     parser.add_argument("--split", default=split, help="of the personas")
     parser.add_argument("--rounds", type=natural, default=10, metavar="K", help="in a conversation")
     parser.add_argument("--temperature", type=amount, default=1.0, help="of the replies (the paper gives none)")
-    parser.add_argument("--roleplayer-temperature", type=amount, default=1.0, help="of the user (the paper gives none)")
+    parser.add_argument("--roleplayer-temperature", type=amount, default=1.0, help="of the user (nor here)")
     parser.add_argument("--top-p", type=nucleus, default=1.0, help="of the nucleus, for all")
     parser.add_argument("--max-tokens", type=natural, default=400, help="length of a message, of either side")
     add_model_flags(parser, batch_size=128)

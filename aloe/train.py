@@ -50,7 +50,7 @@ def round_examples(tokenizer, rounds, coin=None):
     coin: round -> whether the two change places."""
     made = []
     for i, r in enumerate(rounds):
-        history = [*walked(rounds[:i]), {"role": "user", "content": r["user"]}]
+        history = walked([*rounds[:i], {"user": r["user"]}])
         pair = {name: reply_example(tokenizer, history, r[name], name in r.get("cut", ()))
                 for name in ("preferred", "rejected")}
         made.append(dict(zip(pair, reversed(pair.values()))) if coin and coin(i) else pair)
