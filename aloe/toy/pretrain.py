@@ -11,8 +11,8 @@ loop are those of toy/pretrain.py. The documents are chats of the world. Four ph
     4. the base            the real mixture; at its end the learning rate falls to zero
 
 The latent skill: in the real mixture a fifth of the replies fit what the user has shown; the others are as the crowd
-likes them, and use no fact. So is the base, but it can produce every manner. A hint is heeded in --obey of the replies:
-with 1 the hinted replies would leave DPO nothing to gain. Half of the hints describe somebody else, so that the hint
+likes them, and use no fact. So is the base, but it can produce every manner. Of the hinted replies, --obey heed the
+hint: with 1 they would leave DPO nothing to gain. Half of the hints describe somebody else, so that the hint
 is read and not the chat. The words of the hint are there from phase 2 on: when they came last, they undid the copying.
 """
 import argparse
@@ -36,11 +36,11 @@ INVENTED = 0.1  # share of the crowd's replies that use a fact which nobody has 
 def with_hint(text, known, rng, full=FULL_HINT):
     """A user's message with a hint of what is known, as the stages append it."""
     prompt = HINT if rng.random() < full else pretrain.abridged(HINT, rng)
-    return text + "\n" + prompt.format(revealed=world.hint(known, rng))
+    return text + "\n" + prompt.format(revealed=world.hint(*world.sentences(known, rng)))
 
 
 def echo(rng, most):
-    """Facts in, as messages or as a hint; the phrases that use them out, in another order: copying in its purest form."""
+    """Facts in, as messages or as a hint; phrases that use them out, in another order: copying in its purest form."""
     persona, slots = world.draw_persona(rng), rng.sample(list(world.SLOTS), rng.randint(1, most))
     said = " ".join(world.FACT.format(slot, persona[slot]) for slot in slots)
     if most > 1 and rng.random() < 0.5:
@@ -67,7 +67,7 @@ def draw_messages(persona, rng, rounds, mute=False):
 
 
 def chat(rng, longest, adapts, obey, mute):
-    """A chat of 1 to `longest` rounds. Half of them end under a hint, and half of these hints describe somebody else."""
+    """A chat of 1 to `longest` rounds. Half end under a hint, and half of these hints describe somebody else."""
     persona = world.draw_persona(rng)
     said, messages = draw_messages(persona, rng, rng.randint(1, longest), rng.random() < mute), []
     for k, text in enumerate(said):
@@ -91,7 +91,7 @@ def phases(adapts, obey):
         ("copy one fact", {copy_one: 1}, {"copy_1": -0.15}, 1_000_000),
         ("adapt", {copy_one: 15, one_round: 25, short: 60},
          {"hint_manners": 0.93, "hint_facts": 0.6, "manners": 0.85, "facts": 0.6}, 4_000_000),
-        ("copy many facts", {copy_many: 40, long: 60}, {"hint_facts": 0.93, "facts": 0.9}, 4_000_000),
+        ("copy many facts", {copy_many: 40, long: 60}, {"hint_facts": 0.92, "facts": 0.9}, 4_000_000),
         ("the base", {copy_many: 10, crowd: 90}, {"hint_manners": 0.6, "manners": 0.5}, 1_000_000),
     ]
 
@@ -162,7 +162,7 @@ def parse_args():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", required=True, help="model folder to write")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--adapts", type=float, default=0.2, help="share of the replies that fit the user: the latent skill")
+    parser.add_argument("--adapts", type=float, default=0.2, help="share of the replies that fit: the latent skill")
     parser.add_argument("--obey", type=float, default=0.4, help="share of the hinted replies that heed the hint")
     parser.add_argument("--rate", type=float, default=3e-3, help="peak learning rate")
     parser.add_argument("--probe", type=int, default=200_000, help="tokens between two measurements")

@@ -45,11 +45,13 @@ def say_next(profile, personality, seed, model, history):
 
 
 def induce(conversation, profile, personality, seed, model, **_):
-    persona = world.read_persona(profile, personality)
+    world.read_persona(profile, personality)
     shown = world.revealed(re.findall(r"^A: (.*)", conversation, re.MULTILINE))
-    told_by = world.draw_persona(random.Random(f"{profile} {personality}")) if model.endswith("foreign") else shown
-    told = {name: told_by[name] for name in persona if name in shown}
-    return world.hint(told)
+    if model == "aloe-inducer-foreign":
+        rng = random.Random(f"{profile} {personality}")
+        profile, personality = world.sentences(world.draw_persona(rng), rng)
+    return world.hint(*(" ".join(sentence for sentence in re.findall(r"\w[^.]*\.", text)
+                                 if world.read_sentences(sentence).keys() & shown) for text in (profile, personality)))
 
 
 def judge(profile, personality, message, response, seed, model, **_):
