@@ -251,9 +251,9 @@ def test_programs_run_from_any_folder(tmp_path):
 def test_measure_by_hand(tmp_path):
     profile = " ".join(f"My {slot} is {values[0]}." for slot, values in world.SLOTS.items())       # a dog, Paris
     person = {"split": "dev", "profile": profile, "personality": "I am polite. I am dry. I am shy."}
-    talks = [[("My pet is dog.", "Dear friend, your pet is dog. Noted. Take care."),               # 1, used, 0 invented
-              ("It is late.", "Hey mate, your pet is dog. your city is Paris. How lovely! Take care.")],  # 1/3, used, 1
-             [("It is late.", "Dear friend, your pet is cat. jazz"), ("Yo. My job is acting.", "jazz")]]  # 1/3, 0; 2, 1
+    talks = [[("My pet is dog.", "Dear friend, your pet is dog. Noted. Take care."),           # 1, used, none invented
+              ("It is late.", "Hey mate, your pet is dog. city: Paris. How lovely! Take care.")],      # 1/3, used, one
+             [("It is late.", "Dear friend, your pet is cat."), ("Yo. My job is acting.", "cat, jazz")]]  # 1/3, one; 0
     rows = [{**person, "persona_id": f"p{i}", "rounds": [dict(zip(("user", "reply"), pair)) for pair in talk]}
             for i, talk in enumerate(talks)] + [{"persona_id": "p2", "refused": "reply, round 1: empty"}]
     (tmp_path / "conversations.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -272,7 +272,7 @@ def test_measure_by_hand(tmp_path):
         row = found[metric]
         assert row["mean"] == pytest.approx((first + second) / 2) and row["n"] == 2, metric
         assert (row["condition"], row["roleplayer"], row["split"]) == ("T=0", "aloe-user", "dev")
-    assert found["invented_facts"]["by_round"] == [1, 1] and found["used_facts"]["by_round"] == [0.5, 0.5]
+    assert found["invented_facts"]["by_round"] == [0.5, 1.5] and found["used_facts"]["by_round"] == [0.5, 0.5]
 
 
 # ---- the base

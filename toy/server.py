@@ -276,10 +276,10 @@ def main(manual=__doc__, server_class=Server):
     if args.port_file:  # atomically: a reader sees the whole URL or no file
         Path(args.port_file + ".new").write_text(url + "\n")
         os.replace(args.port_file + ".new", args.port_file)
-    print(f"serving on {url}", flush=True)
     if args.end_with_parent:
         threading.Thread(target=end_with, args=(os.getppid(),), daemon=True).start()
     try:
+        print(f"serving on {url}", flush=True)
         server.serve_forever()
     except KeyboardInterrupt:
         pass

@@ -1,4 +1,4 @@
-"""What a judge's score does not tell: which manners and facts the replies of an evaluation have, and which they invent.
+"""What a judge's score does not tell: the manners and the facts in the replies of an evaluation, told or invented.
 
     fitting_manners   of the three of the persona: shown by the reply (share)
     used_facts        replies that use a fact which the user has told by then (share)
