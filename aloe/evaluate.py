@@ -31,9 +31,10 @@ from pathlib import Path
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # first: there, too, is an evaluate.py
-from aloe.simulate import ROLEPLAY_PROMPT, Speaker, TEXT, read_people, roleplayer_chat, talk, talk_parser, walked  # noqa: E402
-from common import (Request, Rows, answer_all, fail, fingerprint, lines_of, natural, read_prompt, run, say,  # noqa: E402
-                    seed_for, start_processes)
+from aloe.simulate import (ROLEPLAY_PROMPT, Speaker, TEXT, read_people, roleplayer_chat, talk,  # noqa: E402
+                           talk_parser, walked)
+from common import (Request, Rows, answer_all, fail, fingerprint, lines_of, natural, read_prompt, run,  # noqa: E402
+                    say, seed_for, start_processes)
 from evaluate import roleplayer_label  # noqa: E402
 from report import mean_sem, read_results, write_results  # noqa: E402
 
@@ -75,16 +76,17 @@ def bootstrap(scores, seed, draws=2000):
 
 
 def table(results):
-    """Lines of the paper's table 1: a line for each variant and condition, a column for each round."""
-    rows = {(row["variant"], row["condition"], row["roleplayer"], row["split"], row["metric"]): row for row in results}
-    K = max((len(row.get("by_round", ())) for row in results), default=0)
-    width = max([len(f"{key[0]} {key[1]}") for key in rows], default=0)
+    """Lines of the paper's table 1, for the rows of a split: a line a model and temperature, a column a round."""
+    users = {row["roleplayer"] for row in results}
+    rows = {(f"{row['variant']} {row['condition']}" + f" ({row['roleplayer']})" * (len(users) > 1), row["metric"]): row
+            for row in results}
+    K, width = max(len(row.get("by_round", ())) for row in results), max(len(who) for who, _ in rows)
     lines = [" " * width + "".join(f"{f'k={k}':>6}" for k in range(1, K + 1)) + "".join(
         f"{name:>8}" for name in ("Average", "IR", "N-IR", "R2"))]
-    for (*who, metric), row in rows.items():
+    for (who, metric), row in rows.items():
         if metric == "AL":
-            means = [rows[(*who, name)]["mean"] for name in ("IR", "N-IR", "R2")]
-            lines.append(f"{f'{who[0]} {who[1]}':<{width}}" + "".join(f"{al:6.2f}" for al in row["by_round"]).ljust(6 * K)
+            means = [rows[who, name]["mean"] for name in ("IR", "N-IR", "R2")]
+            lines.append(f"{who:<{width}}" + "".join(f"{al:6.2f}" for al in row["by_round"]).ljust(6 * K)
                          + f"{row['mean']:8.2f}" + "".join("       -" if m is None else f"{m:8.3f}" for m in means))
     return lines
 
@@ -102,7 +104,8 @@ def main():
     output = Rows(args, path, ("persona_id",), processes, **settings, judge=None, judge_max_tokens=None)
 
     def judge(rounds_of):
-        return {(*key, k): Request(judge_chat(people[key], r["user"], r["reply"]), seed_for(args.seed, "judge", *key, k))
+        return {(*key, k): Request(judge_chat(people[key], r["user"], r["reply"]),
+                                   seed_for(args.seed, "judge", *key, k))
                 for key in people for k, r in enumerate(rounds_of(key))}
 
     requests = judge(lambda key: [{"user": TEXT, "reply": TEXT}] * args.rounds if args.dry_run else [])

@@ -28,8 +28,8 @@ from pathlib import Path
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # first: there, too, is a generate_personas.py
-from common import (Request, Rows, add_model_flags, amount, announce, answer_all, fail, load, natural, nucleus,  # noqa: E402
-                    number, read_prompt, read_rows, run, say, seed_for, stage_parser, start_processes)
+from common import (Request, Rows, add_model_flags, amount, announce, answer_all, fail, load, natural,  # noqa: E402
+                    nucleus, number, read_prompt, read_rows, run, say, seed_for, stage_parser, start_processes)
 
 PROMPTS = {"profiles": read_prompt("aloe_profiles"), "personalities": read_prompt("aloe_personalities")}
 
@@ -64,8 +64,8 @@ def encoder(path):
 
 
 def filtered(pool, new, most):
-    """[(highest similarity with the pool, its index there, kept)] of each new one, in order: one that is kept belongs to
-    the pool for those after it. pool: (P, d), new: (N, d), unit vectors."""
+    """[(highest cosine similarity with the pool, its index there, kept)] of each new one, in order: what is kept belongs
+    to the pool for those after it. pool: (P, d), new: (N, d), unit vectors."""
     results = []
     for vector in new:
         similarity = pool @ vector                                                              # (P,)
@@ -79,7 +79,8 @@ def filtered(pool, new, most):
 
 def texts_in(reply, cut=False):
     """The texts of a reply, one a line, without numbers or bullets; not one that was cut, a heading or "None"."""
-    lines = [re.sub(r"^\s*(?:\d+[.):]|[-*•])\s+", "", line).strip() for line in reply.splitlines()[:-1 if cut else None]]
+    lines = reply.splitlines()[:-1 if cut else None]
+    lines = [re.sub(r"^\s*(?:\d+[.):]|[-*•])\s+", "", line).strip() for line in lines]
     return [line for line in lines if line and not line.endswith(":") and line.lower().strip(" .") != "none"]
 
 
@@ -159,8 +160,9 @@ def main():
             new_vectors = embed(new) if new else vectors[pool][:0]
             found = filtered(vectors[pool], new_vectors, args.similarity)
             members = pools[pool] + [text for text, (_, _, kept) in zip(new, found) if kept]
-            rows += [{"pool": pool, "round": r, "item": i, "text": text, "kept": kept, "similarity": round(highest, 6),
-                      "nearest": members[nearest]} for i, (text, (highest, nearest, kept)) in enumerate(zip(new, found))]
+            rows += [{"pool": pool, "round": r, "item": i, "text": new[i], "kept": kept,
+                      "similarity": round(highest, 6), "nearest": members[nearest]}
+                     for i, (highest, nearest, kept) in enumerate(found)]
             vectors[pool] = np.vstack([vectors[pool], new_vectors[[kept for _, _, kept in found]]])
             if len(members) - len(pools[pool]) < args.until:
                 growing.remove(pool)
@@ -186,10 +188,10 @@ def main():
                 output.add(row)
         output.finish()
     discarded = sum(not row["kept"] for row in rows)
+    deviation = " (a deviation: they compare wording, not meaning)" if args.embedder == "ngrams" else ""
     say(processes, "", made[0]["profile"], made[0]["personality"], "", f"{args.output}: {len(made)} personas of "
-        f"{len(pools['profiles'])} profiles and {len(pools['personalities'])} personalities; {r} rounds, {discarded} of "
-        f"{len(rows)} texts discarded as too similar by {args.embedder}" + (
-            " (a deviation: wording, not meaning)" if args.embedder == "ngrams" else "")
+        f"{len(pools['profiles'])} profiles and {len(pools['personalities'])} personalities; {r} rounds, of "
+        f"{len(rows)} texts {discarded} discarded as too similar by {args.embedder}{deviation}"
         + (f"; still growing: {' '.join(growing)}" if growing else ""))
 
 

@@ -82,8 +82,8 @@ if [ -n "$DRY_RUN" ]; then
     evaluated=$((TEST * K * (1 + $#) * $(wc -w <<< "$TEMPERATURES")))
     echo "$RUN: conversations: $LIMIT x $K rounds x 4 = $((LIMIT * K * 4)) calls: user, inducer, two replies"
     echo "  trainings: $# at least, each on about $((LIMIT * K)) rounds; base $BASE"
-    echo "  evaluation: $TEST cases x $K rounds x $((1 + $#)) models x temperatures $TEMPERATURES = $evaluated calls to the" \
-        "user, as many to the judge"
+    echo "  evaluation: $TEST cases x $K rounds x $((1 + $#)) models x temperatures $TEMPERATURES = $evaluated calls to" \
+        "the user, as many to the judge"
     echo "  personas: $SPLITS; some 30 calls of 20 texts, at most 200. Each stage's --dry-run says tokens and dollars."
     exit 0
 fi
@@ -101,8 +101,8 @@ evaluate() {
 
 # simulate OUTPUT INDUCER: preference pairs
 simulate() {
-    stage simulate $LAUNCH aloe/simulate.py "${DATA[@]}" "${MODEL[@]}" "${TALK[@]}" --limit "$LIMIT" --model "$TEACHER" \
-        --roleplayer "$ROLEPLAYER" --inducer "$2" --output "$1" $SERVER_FLAGS $SIMULATE_FLAGS
+    stage simulate $LAUNCH aloe/simulate.py "${DATA[@]}" "${MODEL[@]}" "${TALK[@]}" --limit "$LIMIT" \
+        --model "$TEACHER" --roleplayer "$ROLEPLAYER" --inducer "$2" --output "$1" $SERVER_FLAGS $SIMULATE_FLAGS
 }
 
 # sft NAME FLAGS ..., dpo NAME SFT_NAME FLAGS ...: a model from the pairs in $pairs, and its evaluation

@@ -26,6 +26,7 @@ The paper's scale, 3,000 x 10 x 4 = 120,000 calls (the paper: GPT-4o in all four
 """
 import re
 import sys
+from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import NamedTuple
@@ -78,8 +79,8 @@ def simulate(people, K, steps, choose, ask):
     """Advances all conversations together, step by step, so that each step is one batch. Returns {key: row}.
 
     people: {key: persona}; steps: lists of the fields of a round that are asked for at once; choose: (key, k) -> what
-    else a round has, such as which reply continues; ask: (k, [(key, field)], rows) -> iterator of ((key, field), Reply).
-    A conversation in which somebody declines or says nothing ends there, and its row gets `refused`.
+    else a round has, such as which reply continues; ask: (k, [(key, field)], rows) -> yields ((key, field), Reply). A
+    conversation in which somebody declines or says nothing ends there, and its row gets `refused`.
     """
     rows = {key: {**person, "rounds": [], "cut": 0} for key, person in people.items()}
     for k in range(K):
@@ -108,21 +109,19 @@ class Speaker(NamedTuple):
 
 
 def talk(output, people, steps, speakers, choose, what, *later):
-    """Simulates the conversations of those people whom `output` does not have, and saves them. speakers: {field:
-    Speaker}; later: what else is announced.
-
-    A block of people goes step by step, and is saved as a whole. Two blocks are under way: while a server answers one,
-    the other asks.
-    """
+    """Simulates the conversations that `output` does not have, and saves them. speakers: {field: Speaker}; later: what
+    else is announced. A block of people goes step by step, and is saved as a whole. Two blocks are under way: while a
+    server answers one, the other asks."""
     args, K = output.args, output.args.rounds
     size = max(1, args.batch_size // max(map(len, steps)))      # two replies to half as many people are a batch, too
     blocks = [list(people)[i:i + size] for i in range(0, len(people), size)]
     todo = [block for block in blocks if not all(key in output for key in block)]
-    history = walked([{"user": TEXT, "reply": TEXT}] * (K // 2))               # a chat of the middle round stands for all
-    announce(output, *((speaker.spec, [speaker.chat(
-        people[key], history + [{"role": "user", "content": TEXT}] * (field != "user"), {"revealed": TEXT})
-        for block in todo for key in block] * K, args.max_tokens) for field, speaker in speakers.items()), *later)
-    models = {spec: open_model(spec, args, output.processes) for spec in {s.spec for s in speakers.values()} if todo}
+    middle, chats = [{"user": TEXT, "reply": TEXT}] * (K // 2), defaultdict(list)      # it stands for all rounds
+    for field, speaker in speakers.items():
+        so_far = walked(middle + [{"user": TEXT}] * (field != "user"))
+        chats[speaker.spec] += [speaker.chat(people[key], so_far, {"revealed": TEXT}) for block in todo for key in block] * K
+    announce(output, *((spec, chats[spec], args.max_tokens) for spec in chats), *later)
+    models = {spec: open_model(spec, args, output.processes) for spec in chats if todo}
 
     def ask(k, asked, rows):
         for spec, temperature in dict.fromkeys(speakers[field][:2] for _, field in asked):
@@ -148,7 +147,7 @@ def talk(output, people, steps, speakers, choose, what, *later):
 
 
 def read_people(path, split, limit, seed):
-    """{(persona_id,): row} of a split: all, or a seeded sample of `limit`. A persona that is "None" ends the program."""
+    """{(persona_id,): row} of a split, or of a seeded sample of it. A persona that is "None" ends the program."""
     fields = {"split": str, "profile": str, "personality": str}
     rows = {(row["persona_id"],): row for row in read_rows(path, {"persona_id": str}, fields) if row["split"] == split}
     for (persona_id,), row in rows.items():
@@ -198,7 +197,7 @@ def main():
     if whole:
         say(processes, "", whole[0]["profile"], whole[0]["personality"], *lines_of(walked(whole[0]["rounds"])), "")
     say(processes, f"{output.summary()}; {len(found)} rounds: in {nothing} nothing was revealed, in {len(strange)} the "
-                   f"inducer has words that are not in the persona ({', '.join(strange[0][:3]) if strange else 'none'})")
+                   f"inducer has words that are not in the persona ({', '.join(sorted(set(sum(strange, [])))[:3]) or 'none'})")
 
 
 if __name__ == "__main__":

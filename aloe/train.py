@@ -89,6 +89,9 @@ def read_examples(args, tokenizer):
     """{(persona_id,): examples}, as train.py's loop wants them, and what was left out."""
     rows = {(row["persona_id"],): row for row in read_rows(args.conversations, {"persona_id": str}, {"rounds": list})}
     whole = {key: row for key, row in rows.items() if "refused" not in row}
+    for (persona_id,), row in whole.items():
+        if not all({"user", "preferred", "rejected", "chosen"} <= {*r} for r in row["rounds"]):
+            fail(f"{args.conversations}: a round of {persona_id} lacks a field. These are rows of aloe/simulate.py.")
     pairs, too_long = defaultdict(list), 0
     for key in sample_pairs(whole, args.limit, args.seed):
         coin = (lambda i: seed_for(args.seed, "pairs", *key, i) % 2) if args.pairs == "coin" else None  # noqa: B023
@@ -97,8 +100,8 @@ def read_examples(args, tokenizer):
                 pairs[key].append((i, pair))
             else:
                 too_long += 1
-    left_out = (f"{len(rows) - len(whole)} conversations refused, {too_long} rounds longer than {args.max_length} tokens "
-                "dropped")
+    left_out = (f"{len(rows) - len(whole)} conversations refused, {too_long} rounds longer than {args.max_length} "
+                "tokens dropped")
     if not pairs:
         fail(f"{args.conversations}: no example to train on ({left_out}). Run aloe/simulate.py, or raise --max-length.")
     if args.stage == "sft":

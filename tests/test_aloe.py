@@ -152,7 +152,7 @@ def test_pools_grow_and_personas_are_pairs(run, server, tmp_path):
     members = {row["text"] for row in texts if row["kept"]}
     assert all(row["nearest"] in members for row in discarded) and {p["profile"] for p in people} <= members
     assert all(row["similarity"] <= 0.6 for row in texts if row["kept"] and row["round"])
-    assert f"{len(discarded)} of {len(texts)} texts discarded as too similar by ngrams (a deviation" in out
+    assert f"of {len(texts)} texts {len(discarded)} discarded as too similar by ngrams (a deviation" in out
     assert [row["round"] for row in texts].count(0) == 40 and len(server.requests) == 2 * max(row["round"] for row in texts)
     asked = server.requests[0]["messages"]
     assert len(asked) == 1 and server.requests[0]["temperature"] == 0.8
@@ -380,7 +380,7 @@ def test_a_persona_that_is_none_is_named(run, world, server):
 def test_a_dry_run_counts_the_calls(run, world, server):
     out, _ = run(simulate, *talk_flags(world, server, None), "--dry-run", status=0)
     assert [re.search(rf"openai:{name}: 12 calls", out) is not None for name in ("user", "inducer")] == [True, True]
-    assert out.count("openai:chat: 12 calls") == 2
+    assert "openai:chat: 24 calls" in out
     out, _ = run(evaluate, *evaluate_flags(world, server, None), "--dry-run", status=0)
     assert "openai:judge: 12 calls" in out and not server.requests and not (world / "e").exists() and not (world / "c.jsonl").exists()
 
