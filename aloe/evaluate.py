@@ -31,8 +31,8 @@ from pathlib import Path
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # first: there, too, is an evaluate.py
-from aloe.simulate import (ROLEPLAY_PROMPT, Speaker, TEXT, read_people, roleplayer_chat, talk,  # noqa: E402
-                           talk_parser, walked)
+from aloe.simulate import (ROLEPLAY_PROMPT, TEXT, read_people, roleplayer_chat, talk, talk_parser,  # noqa: E402
+                           walked)
 from common import (Request, Rows, answer_all, fail, fingerprint, lines_of, natural, read_prompt, run,  # noqa: E402
                     say, seed_for, start_processes)
 from evaluate import roleplayer_label  # noqa: E402
@@ -110,8 +110,8 @@ def main():
 
     requests = judge(lambda key: [{"user": TEXT, "reply": TEXT}] * args.rounds if args.dry_run else [])
     talk(output, people, [["user"], ["reply"]], {
-        "user": Speaker(args.roleplayer, args.roleplayer_temperature, lambda who, said, _: roleplayer_chat(who, said)),
-        "reply": Speaker(args.model, args.temperature, lambda _, said, now: said)}, lambda key, k: {}, "conversations",
+        "user": (args.roleplayer, args.roleplayer_temperature, lambda who, said, _: roleplayer_chat(who, said)),
+        "reply": (args.model, args.temperature, lambda _, said, now: said)}, lambda key, k: {}, "conversations",
         (args.judge, [request.chat for request in requests.values()], args.judge_max_tokens))
 
     scores = Rows(args, f"{args.output}/scores.jsonl", ("persona_id", "round"), processes, **settings,

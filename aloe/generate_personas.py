@@ -64,8 +64,8 @@ def encoder(path):
 
 
 def filtered(pool, new, most):
-    """[(highest cosine similarity with the pool, its index there, kept)] of each new one, in order: what is kept belongs
-    to the pool for those after it. pool: (P, d), new: (N, d), unit vectors."""
+    """[(highest cosine similarity with the pool, its index there, kept)] of each new one, in order: what is kept joins
+    the pool for those after it. pool: (P, d), new: (N, d), unit vectors."""
     results = []
     for vector in new:
         similarity = pool @ vector                                                              # (P,)

@@ -6,8 +6,8 @@
     r_i  ~  model(history, m_i)                 rejected
     s_i  =  p_i or r_i, by the row's own coin   continues the conversation;  i = 1..K
 
-No judge decides which reply is preferred: the hint does. The user and the inducer see the persona; the model sees what
-the inducer found, and that for p_i alone. Nothing of the hint stays in the history.
+No judge decides which reply is preferred: the hint does. User and inducer see the persona; the model sees what the
+inducer found, and that for p_i alone. Nothing of the hint stays in the history.
 
     reads   --personas  {"persona_id": "train0000", "split": "train", "profile": "He is 34 ...", "personality": "..."}
     writes  --output    {"persona_id": "train0000", "split": "train", "profile": "He is 34 ...", "personality": "...",
@@ -29,7 +29,6 @@ import sys
 from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
-from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # first: there, too, are a simulate.py and a train.py
 from common import (Request, Rows, add_model_flags, amount, announce, fail, lines_of, natural, nucleus,  # noqa: E402
@@ -51,14 +50,14 @@ def roleplayer_chat(person, conversation):
 
 def inducer_chat(person, conversation):
     """What the inducer sees: the persona, and the conversation up to the user's last message."""
-    lines = [f"{'A' if turn['role'] == 'user' else 'B'}: {turn['content']}" for turn in conversation]
-    return [{"role": "user", "content": INDUCTION_PROMPT.format(conversation="\n".join(lines), **person)}]
+    lines = "\n".join(f"{'A' if turn['role'] == 'user' else 'B'}: {turn['content']}" for turn in conversation)
+    return [{"role": "user", "content": INDUCTION_PROMPT.format(conversation=lines, **person)}]
 
 
 def hinted(conversation, revealed):
     """What the model sees for the preferred reply: the hint stands below the user's last message."""
-    *history, last = conversation
-    return [*history, {"role": "user", "content": f"{last['content']}\n{HINT.format(revealed=revealed)}"}]
+    hint = HINT.format(revealed=revealed)
+    return [*conversation[:-1], {"role": "user", "content": f"{conversation[-1]['content']}\n{hint}"}]
 
 
 def walked(rounds):
@@ -102,36 +101,32 @@ def simulate(people, K, steps, choose, ask):
     return rows
 
 
-class Speaker(NamedTuple):
-    spec: str                       # the model
-    temperature: float
-    chat: object                    # (person, messages so far, this round so far) -> what the model sees
-
-
 def talk(output, people, steps, speakers, choose, what, *later):
-    """Simulates the conversations that `output` does not have, and saves them. speakers: {field: Speaker}; later: what
-    else is announced. A block of people goes step by step, and is saved as a whole. Two blocks are under way: while a
-    server answers one, the other asks."""
+    """Simulates the conversations that `output` does not have, and saves them. A block of people goes step by step, and
+    is saved as a whole. Two blocks are under way: while a server answers one, the other asks.
+
+    speakers: {field: (model, temperature, (person, messages so far, this round so far) -> what the model sees)}; later:
+    what else is announced
+    """
     args, K = output.args, output.args.rounds
     size = max(1, args.batch_size // max(map(len, steps)))      # two replies to half as many people are a batch, too
     blocks = [list(people)[i:i + size] for i in range(0, len(people), size)]
     todo = [block for block in blocks if not all(key in output for key in block)]
     middle, chats = [{"user": TEXT, "reply": TEXT}] * (K // 2), defaultdict(list)      # it stands for all rounds
-    for field, speaker in speakers.items():
+    for field, (spec, _, chat) in speakers.items():
         so_far = walked(middle + [{"user": TEXT}] * (field != "user"))
-        chats[speaker.spec] += [speaker.chat(people[key], so_far, {"revealed": TEXT}) for block in todo for key in block] * K
+        chats[spec] += [chat(people[key], so_far, {"revealed": TEXT}) for block in todo for key in block] * K
     announce(output, *((spec, chats[spec], args.max_tokens) for spec in chats), *later)
     models = {spec: open_model(spec, args, output.processes) for spec in chats if todo}
 
     def ask(k, asked, rows):
-        for spec, temperature in dict.fromkeys(speakers[field][:2] for _, field in asked):
-            requests = {}
-            for key, field in asked:
-                if speakers[field][:2] == (spec, temperature):
-                    rounds = rows[key]["rounds"]
-                    requests[key, field] = Request(speakers[field].chat(people[key], walked(rounds), rounds[-1]),
-                                                   seed_for(args.seed, field, *key, k))
-            yield from models[spec].generate(requests, temperature, args.top_p, args.max_tokens)
+        requests = defaultdict(dict)                            # two replies by one model are one batch
+        for key, field in asked:
+            (*who, chat), rounds = speakers[field], rows[key]["rounds"]
+            requests[tuple(who)][key, field] = Request(chat(people[key], walked(rounds), rounds[-1]),
+                                                       seed_for(args.seed, field, *key, k))
+        for (spec, temperature), of_it in requests.items():
+            yield from models[spec].generate(of_it, temperature, args.top_p, args.max_tokens)
 
     def simulate_block(block):
         rows = simulate({key: people[key] for key in block}, K, steps, choose, ask)
@@ -139,9 +134,9 @@ def talk(output, people, steps, speakers, choose, what, *later):
                 for key, row in rows.items()]
 
     pool = ThreadPoolExecutor(2)
-    simulated = as_completed([pool.submit(simulate_block, block) for block in todo[output.share]])
+    done = as_completed([pool.submit(simulate_block, block) for block in todo[output.share]])
     try:
-        save_all(output, people, (row for block in simulated for row in block.result()), what)
+        save_all(output, people, (row for block in done for row in block.result()), what)
     finally:
         pool.shutdown(wait=False, cancel_futures=True)
 
@@ -181,23 +176,24 @@ def main():
     people, processes = read_people(args.personas, args.split, args.limit, args.seed), start_processes()
     output = Rows(args, args.output, ("persona_id",), processes, prompts=[ROLEPLAY_PROMPT, INDUCTION_PROMPT, HINT])
     speakers = {
-        "user": Speaker(args.roleplayer, args.roleplayer_temperature, lambda who, said, _: roleplayer_chat(who, said)),
-        "revealed": Speaker(args.inducer, 0.0, lambda who, said, _: inducer_chat(who, said)),
-        "preferred": Speaker(args.model, args.temperature, lambda _, said, now: hinted(said, now["revealed"])),
-        "rejected": Speaker(args.model, args.temperature, lambda _, said, now: said)}
+        "user": (args.roleplayer, args.roleplayer_temperature, lambda who, said, _: roleplayer_chat(who, said)),
+        "revealed": (args.inducer, 0.0, lambda who, said, _: inducer_chat(who, said)),
+        "preferred": (args.model, args.temperature, lambda _, said, now: hinted(said, now["revealed"])),
+        "rejected": (args.model, args.temperature, lambda _, said, now: said)}
 
     def choose(key, k):
         return {"chosen": ("preferred", "rejected")[seed_for(args.seed, "chosen", *key, k) % 2]}
 
     talk(output, people, [["user"], ["revealed"], ["preferred", "rejected"]], speakers, choose, "conversations")
-    whole = [row for key, row in output.items() if key in people and "refused" not in row]
-    found = [r["revealed"] for row in whole for r in row["rounds"]]
-    nothing = sum(set(re.findall(r"\w+", text.lower())) <= {"profile", "personalities", "none"} for text in found)
-    strange = [words for row in whole for r in row["rounds"] if (words := invented(r["revealed"], row))]
+    whole = [row for row in output.values() if "refused" not in row]
+    found = [(r["revealed"], row) for row in whole for r in row["rounds"]]
+    nothing = sum(set(re.findall(r"\w+", told.lower())) <= {"profile", "personalities", "none"} for told, _ in found)
+    strange = [words for told, row in found if (words := invented(told, row))]
+    examples = ", ".join(sorted(set(sum(strange, [])))[:3]) or "none"
     if whole:
         say(processes, "", whole[0]["profile"], whole[0]["personality"], *lines_of(walked(whole[0]["rounds"])), "")
     say(processes, f"{output.summary()}; {len(found)} rounds: in {nothing} nothing was revealed, in {len(strange)} the "
-                   f"inducer has words that are not in the persona ({', '.join(sorted(set(sum(strange, [])))[:3]) or 'none'})")
+                   f"inducer has words that are not in the persona ({examples})")
 
 
 if __name__ == "__main__":

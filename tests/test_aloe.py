@@ -3,10 +3,10 @@ import json
 import math
 import os
 import re
-import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -281,6 +281,24 @@ def test_dpo_is_trls(tmp_path):
         assert loss == pytest.approx(theirs.item(), abs=1e-5, rel=1e-5)
         for name, weight in model.named_parameters():
             assert torch.allclose(weight.grad, expected[name], atol=1e-5, rtol=1e-4), name
+
+
+@pytest.mark.parametrize("beta", [None, 0.9])
+def test_processes_that_run_out_of_examples_add_nothing(beta):
+    """Three examples on two processes, one at a time: the second process has one, and goes backward twice."""
+    tokenizer = make_tokenizer("llama3")
+    model, pairs = make_model(len(tokenizer)), train.round_examples(tokenizer, ROUNDS)
+    batch = [(*pair["preferred"], *pair["rejected"], [-9.0, -8.0]) if beta else pair["preferred"] for pair in pairs]
+    loss_of = beta and (lambda *given: train.pair_loss(*given, beta=beta))
+    alone = loop.mean_loss(Accelerator(cpu=True), model, batch, 8, loss_of, learn=True)
+    expected, total, backward = model.lm_head.weight.grad.clone(), 0, []
+    model.zero_grad()
+    for rank in (0, 1):
+        total += loop.mean_loss(SimpleNamespace(num_processes=2, process_index=rank, device="cpu", reduce=lambda value: value,
+                                                backward=lambda loss: backward.append(rank) or loss.backward()),
+                                model, batch, 1, loss_of, learn=True)
+    assert backward == [0, 0, 1, 1] and total == pytest.approx(alone, rel=1e-5)
+    assert torch.allclose(model.lm_head.weight.grad / 2, expected, atol=1e-5)
 
 
 def test_dpo_by_hand():
