@@ -34,17 +34,17 @@ case $MODE in
 toy | smoke)
     toy=yes BASE=${BASE:-aloe/toy/base} LAUNCH=python LAUNCH_TRAINING=python TEMPERATURES=${TEMPERATURES:-0 1}
     if [ "$MODE" = toy ]; then
-        VARIANTS=${VARIANTS:-sft sft_dpo rejected coin foreign mute} LIMIT=${LIMIT:-240} TEST=100
+        VARIANTS=${VARIANTS:-sft sft_dpo rejected coin foreign mute} LIMIT=${LIMIT:-150} TEST=100
     else
         VARIANTS=${VARIANTS:-sft sft_dpo} LIMIT=${LIMIT:-60} TEST=24 K=6
     fi
     SPLITS=train=$LIMIT,dev=$TEST,test=$TEST
-    # The world's texts are of one form, so that two different users are as similar as two paraphrases elsewhere.
-    PERSONA=(--embedder ngrams --similarity 0.9 --rounds 8 --held-out 20 7 --profiles "$RUN/seeds/profiles.jsonl"
+    # The world's texts are of one form: two different users are as similar as two paraphrases elsewhere.
+    PERSONA=(--embedder ngrams --similarity 0.95 --rounds 8 --held-out 20 7 --profiles "$RUN/seeds/profiles.jsonl"
              --personalities "$RUN/seeds/personalities.jsonl")
-    MODEL=(--dtype float32) TALK=(--max-tokens 48)
-    LEARN=(--dtype float32 --batch-size 24 --micro-batch-size 24)
-    SFT=(--lr 1e-3) DPO=(--lr 1e-4)             # for 0.2 M parameters; chosen on dev
+    MODEL=(--dtype float32) TALK=(--max-tokens 32)
+    LEARN=(--dtype float32 --micro-batch-size 48)
+    SFT=(--lr 1e-3) DPO=(--lr 3e-4)             # for 0.2 M parameters; chosen on dev
     SERVER_FLAGS="--concurrency 8 $SERVER_FLAGS"
     export OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
     ;;
@@ -90,22 +90,24 @@ fi
 
 . ./stage.sh                                    # stage: how a command is run, waited for and ended
 
-# evaluate VARIANT MODEL [ROLEPLAYER]
+# evaluate NAME MODEL: with the user of the moment
 evaluate() {
     for T in $TEMPERATURES; do
         stage "evaluate $1 T=$T" $LAUNCH aloe/evaluate.py "${DATA[@]}" "${MODEL[@]}" "${TALK[@]}" --variant "$1" \
-            --model "$2" --split "$SPLIT" --temperature "$T" --roleplayer "${3:-$ROLEPLAYER}" --judge "$JUDGE" \
-            --output "$RUN/$1${3:+-other}/$SPLIT-T$T" --results "$RUN/results.jsonl" $SERVER_FLAGS $EVALUATE_FLAGS
+            --model "$2" --split "$SPLIT" --temperature "$T" --roleplayer "$user" --judge "$JUDGE" \
+            --output "$RUN/$1/$SPLIT-T$T" --results "$RUN/results.jsonl" $SERVER_FLAGS $EVALUATE_FLAGS
     done
 }
 
-# simulate OUTPUT INDUCER: preference pairs
+# simulate FILE INDUCER: preference pairs, which the trainings after it learn from
 simulate() {
-    stage simulate $LAUNCH aloe/simulate.py "${DATA[@]}" "${MODEL[@]}" "${TALK[@]}" --limit "$LIMIT" \
-        --model "$TEACHER" --roleplayer "$ROLEPLAYER" --inducer "$2" --output "$1" $SERVER_FLAGS $SIMULATE_FLAGS
+    pairs=$1
+    stage "simulate $(basename "$1")" $LAUNCH aloe/simulate.py "${DATA[@]}" "${MODEL[@]}" "${TALK[@]}" \
+        --limit "$LIMIT" --model "$TEACHER" --roleplayer "$user" --inducer "$2" --output "$1" $SERVER_FLAGS \
+        $SIMULATE_FLAGS
 }
 
-# sft NAME FLAGS ..., dpo NAME SFT_NAME FLAGS ...: a model from the pairs in $pairs, and its evaluation
+# sft NAME FLAGS ..., dpo NAME SFT_NAME FLAGS ...: a model from the pairs of the moment, and its evaluation
 sft() {
     stage "sft $1" $LAUNCH_TRAINING aloe/train.py --stage sft --base "$BASE" --conversations "$pairs" --seed "$SEED" \
         "${LEARN[@]}" "${SFT[@]}" --output "$RUN/$1/model" "${@:2}" $SFT_FLAGS
@@ -122,12 +124,11 @@ everything() {
     [ -z "$toy" ] || stage seeds python aloe/toy/world.py --seed "$SEED" --output "$RUN/seeds"
     stage personas $LAUNCH aloe/generate_personas.py --model "$WRITER" --seed "$SEED" --splits "$SPLITS" \
         "${PERSONA[@]}" --output "$RUN/personas.jsonl" $SERVER_FLAGS $PERSONA_FLAGS
-    pairs=$RUN/conversations.jsonl
-    simulate "$pairs" "$INDUCER"
+    user=$ROLEPLAYER
+    simulate "$RUN/conversations.jsonl" "$INDUCER"
     evaluate base "$BASE"
-    last=base last_model=$BASE
     for variant in $VARIANTS; do
-        pairs=$RUN/conversations.jsonl
+        user=$ROLEPLAYER pairs=$RUN/conversations.jsonl
         case $variant in
         sft) sft sft ;;
         sft_dpo) dpo sft_dpo sft ;;
@@ -136,15 +137,16 @@ everything() {
             sft coin --pairs coin
             dpo coin_dpo coin --pairs coin ;;
         foreign)                                # control: the hints are about somebody else
-            pairs=$RUN/foreign.jsonl
-            simulate "$pairs" "$FOREIGN"
+            simulate "$RUN/foreign.jsonl" "$FOREIGN"
             sft foreign
             dpo foreign_dpo foreign ;;
         mute)                                   # control: a world in which nothing is revealed
-            evaluate base "$BASE" "$MUTE"
-            [ $last = base ] || evaluate $last "$last_model" "$MUTE" ;;
+            user=$MUTE
+            evaluate mute_base "$BASE"
+            simulate "$RUN/mute.jsonl" "$INDUCER"
+            sft mute
+            dpo mute_dpo mute ;;
         esac
-        [[ $variant != sft* ]] || last=$variant last_model=$RUN/$variant/model
     done
 }
 
