@@ -77,17 +77,6 @@ for variant in $VARIANTS; do
     esac
 done
 
-if [ -n "$DRY_RUN" ]; then
-    set -- $VARIANTS
-    evaluated=$((TEST * K * (1 + $#) * $(wc -w <<< "$TEMPERATURES")))
-    echo "$RUN: conversations: $LIMIT x $K rounds x 4 = $((LIMIT * K * 4)) calls: user, inducer, two replies"
-    echo "  trainings: $# at least, each on about $((LIMIT * K)) rounds; base $BASE"
-    echo "  evaluation: $TEST cases x $K rounds x $((1 + $#)) models x temperatures $TEMPERATURES = $evaluated calls to" \
-        "the user, as many to the judge"
-    echo "  personas: $SPLITS; some 30 calls of 20 texts, at most 200. Each stage's --dry-run says tokens and dollars."
-    exit 0
-fi
-
 . ./stage.sh                                    # stage: how a command is run, waited for and ended
 
 # evaluate NAME MODEL: with the user of the moment
@@ -155,7 +144,21 @@ embedded_world() {                              # URL: its server plays everybod
     JUDGE=openai:aloe-judge@$1 FOREIGN=openai:aloe-inducer-foreign@$1 MUTE=openai:aloe-user-mute@$1 TEACHER=$BASE
 }
 
+count() {                                       # STAGE: how often it runs
+    tr '\0' '\n' < "$notes/commands" | grep -c "^aloe/$1.py$"
+}
+
 everything                                      # a first pass counts
+if [ -n "$DRY_RUN" ]; then
+    echo "$RUN: personas $SPLITS: some 30 calls of 20 texts, at most 200"
+    echo "  pairs: $LIMIT conversations x $K rounds x 4 (user, inducer, two replies) x $(count simulate) =" \
+        "$((LIMIT * K * 4 * $(count simulate))) calls"
+    echo "  trainings: $(count train), each on about $((LIMIT * K)) rounds, from $BASE"
+    echo "  evaluations: $(count evaluate) x $TEST cases x $K rounds x 2 (user, judge) =" \
+        "$(($(count evaluate) * TEST * K * 2)) calls, and as many replies as rounds"
+    echo "  Each stage's --dry-run tells tokens and dollars."
+    exit 0
+fi
 mkdir -p "$RUN"
 take_run
 if [ -n "$toy" ]; then
