@@ -70,8 +70,11 @@ def test_a_reply_that_fits_all_that_is_known_gets_the_judges_best():
         assert world.judge_score(world.reply(persona, rng), persona) == 5
         manners = {name: persona[name] for name in world.MANNERS}
         assert world.judge_score(world.reply(manners, rng), persona) == 4
-    crowd = [world.fit(world.reply({}, rng), persona)[0] for rng, persona, *_ in people(2000)]
-    assert sum(crowd) / 2000 == pytest.approx(1.5, abs=0.1), "the crowd fits half of the manners of a random user"
+    crowd = [(world.reply({}, rng), persona) for rng, persona, *_ in people(2000)]
+    fitting = sum(world.fit(*pair)[0] for pair in crowd) / 2000
+    assert fitting == pytest.approx(1.5, abs=0.1), "the crowd fits half of the manners of a random user"
+    for manner, (first, _) in world.MANNERS.items():
+        assert sum(world.SAID[manner, first] in text for text, _ in crowd) / 2000 == pytest.approx(0.75, abs=0.04)
 
 
 def test_who_adapts_scores_higher_from_round_to_round():
@@ -162,7 +165,7 @@ def test_a_users_messages_do_not_depend_on_the_replies():
     for _, persona, profile, personality in people(20):
         fields, talks = {"profile": profile, "personality": personality}, ([], [])
         for k in range(10):
-            for talk, reply in zip(talks, ("Hey mate, your pet is dog.", "A: My pet is cat.\nB: No.")):
+            for talk, reply in zip(talks, ("Hey mate, your job is acting.", "A: My pet is cat.\nB: No.")):
                 talk += [ask("aloe-user", "roleplay", *talk, seed=k, **fields), reply]
         assert talks[0][::2] == talks[1][::2]
         assert world.revealed(talks[0][::2]).items() <= persona.items()
@@ -253,7 +256,7 @@ def test_measure_by_hand(tmp_path):
     person = {"split": "dev", "profile": profile, "personality": "I am polite. I am dry. I am shy."}
     talks = [[("My pet is dog.", "Dear friend, your pet is dog. Noted. Take care."),           # 1, used, none invented
               ("It is late.", "Hey mate, your pet is dog. city: Paris. How lovely! Take care.")],      # 1/3, used, one
-             [("It is late.", "Dear friend, your pet is cat."), ("Yo. My job is acting.", "cat, jazz")]]  # 1/3, one; 0
+             [("It is late.", "Dear friend, is it acting?"), ("Yo. My job is acting.", "cat, jazz")]]  # 1/3, one; 0
     rows = [{**person, "persona_id": f"p{i}", "rounds": [dict(zip(("user", "reply"), pair)) for pair in talk]}
             for i, talk in enumerate(talks)] + [{"persona_id": "p2", "refused": "reply, round 1: empty"}]
     (tmp_path / "conversations.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
