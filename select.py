@@ -46,7 +46,8 @@ def gold_chat(name, task, conversation, gold):
 
 
 def select_best(log_probs, k):
-    """Line 4. {sample: log-probability of the gold} of one pair -> the k best samples; of equals the lower first."""
+    """Line 4. log_probs: {sample: log-probability of the gold} for the conversations of one pair -> the k best samples,
+    best first. A tie goes to the lower sample."""
     return sorted(log_probs, key=lambda c: (-log_probs[c], c))[:k]                  # argmax_c log p_QBASE(g | t, s^c)
 
 

@@ -387,6 +387,17 @@ def test_an_empty_reply_is_refused_and_named(run, world, server, who, what):
     assert f"6 rows, {len(refused)} refused" in out
 
 
+def test_who_says_nothing_on_this_machine_is_refused_too():
+    """A server's empty answer comes as a refusal; a local model's does not. Nobody talks on; others do."""
+    def ask(k, asked, rows):
+        for key, field in reversed(asked):
+            yield (key, field), common.Reply("" if (key, field, k) == ((1,), "reply", 0) else "x", cut=key == (2,))
+    rows = simulate.simulate({(i,): PERSON for i in range(3)}, 2, [["user"], ["reply"]], lambda key, k: {}, ask)
+    assert rows[(1,)] == {**PERSON, "rounds": [], "cut": 0, "refused": "reply, round 1: empty"}
+    assert rows[(0,)]["rounds"] == 2 * [{"user": "x", "reply": "x"}] and rows[(2,)]["cut"] == 4
+    assert rows[(2,)]["rounds"] == 2 * [{"user": "x", "reply": "x", "cut": ["user", "reply"]}]
+
+
 def test_a_persona_that_is_none_is_named(run, world, server):
     write_rows(world / "p.jsonl", [*PEOPLE[:2], {**PEOPLE[2], "personality": "None."}])
     _, err = run(simulate, *talk_flags(world, server, None), status=2)
@@ -443,6 +454,31 @@ def test_from_conversations_to_the_table(run, world, server, tiny):
         "base", "T=1", "2.00", "4.00", "3.00"]
 
 
+def test_the_reference_is_computed_once(run, world, tiny, monkeypatch):
+    """A training that was killed finds its log-probabilities again; they are those of the replies with their ends."""
+    write_rows(world / "c.jsonl", [{**PEOPLE[i], "rounds": ROUNDS} for i in range(3)])
+    flags = ["--stage", "dpo", "--base", tiny, "--conversations", world / "c.jsonl", "--dtype", "float32", "--output", world / "m"]
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "mean_loss", lambda *_, **__: (_ for _ in ()).throw(OSError("pulled out")))
+        run(train, *flags, status=2)
+    saved = {(row["round"], row["reply"]): row["log_prob"] for row in read_lines(world / "m.reference.jsonl")}
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "open_model", None)                 # it would be called
+        out, _ = run(train, *flags)
+    assert "6 examples + 3 held out" in out and "trained already" in run(train, *flags)[0]
+    tokenizer, model = common.load_tokenizer(tiny), common.load_model(tiny, "float32").eval()
+    for i, pair in enumerate(train.round_examples(tokenizer, ROUNDS)):
+        for name, example in pair.items():
+            with torch.no_grad():
+                assert saved[i, name] == pytest.approx(-loop.sum_loss(model, *loop.collate([example])).item(), rel=1e-5)
+    write_rows(world / "c.jsonl", [{**PEOPLE[0], "rounds": [{"user": "Hi"}]}])
+    _, err = run(train, *flags, "--output", world / "other", status=2)
+    assert "a round of train0000 lacks a field" in err
+    write_rows(world / "c.jsonl", [{"persona_id": "a", "refused": "user, round 1: empty"}])
+    _, err = run(train, *flags, "--output", world / "other", status=2)
+    assert "no example to train on (1 conversations refused" in err
+
+
 def test_what_belongs_to_the_other_stage_is_refused(run, world, tiny):
     _, err = run(train, "--stage", "dpo", "--target", "rejected", "--base", tiny, "--conversations", world / "c.jsonl", "--output",
                  world / "m", status=2)
@@ -451,7 +487,7 @@ def test_what_belongs_to_the_other_stage_is_refused(run, world, tiny):
 
 # ------------------------------------------------------------ kills, processes, folders
 
-def test_a_kill_and_two_processes_leave_the_same_bytes(world, server, tiny, run):
+def test_a_kill_faults_and_two_processes_leave_the_same_bytes(world, server, tiny, run):
     flags = talk_flags(world, server, tiny, "whole.jsonl", "--batch-size", 2)
     run(simulate, *flags)
     count, whole = [0], (world / "whole.jsonl").read_bytes()
@@ -463,9 +499,14 @@ def test_a_kill_and_two_processes_leave_the_same_bytes(world, server, tiny, run)
     flags[flags.index(world / "whole.jsonl")] = world / "killed.jsonl"
     run(simulate, *flags, status=2)
     assert not (world / "killed.jsonl").exists() and common.unfinished(world / "killed.jsonl")
-    server.reply = lambda request: (200, cast(request))
+
+    def faulty(request):                                         # it is repeated by the client
+        count[0] += 1
+        return (200, cast(request)) if count[0] % 4 else ((429, 500, 503)[count[0] % 3], {"error": {"message": "busy"}})
+    server.reply = faulty
     run(simulate, *flags)
     assert (world / "killed.jsonl").read_bytes() == whole
+    server.reply = lambda request: (200, cast(request))
     flags[flags.index(world / "killed.jsonl")] = world / "two.jsonl"
     done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "aloe/simulate.py",
                            *map(str, flags)], cwd=ROOT, capture_output=True, text=True,
