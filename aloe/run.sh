@@ -43,7 +43,7 @@ toy | smoke)
     PERSONA=(--embedder ngrams --similarity 0.95 --rounds 8 --held-out 20 7 --profiles "$RUN/seeds/profiles.jsonl"
              --personalities "$RUN/seeds/personalities.jsonl")
     MODEL=(--dtype float32) TALK=(--max-tokens 32)
-    LEARN=(--dtype float32 --micro-batch-size 48)
+    LEARN=(--dtype float32 --micro-batch-size 16)
     SFT=(--lr 1e-3) DPO=(--lr 3e-4)             # for 0.2 M parameters; chosen on dev
     SERVER_FLAGS="--concurrency 8 $SERVER_FLAGS"
     export OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false

@@ -515,6 +515,11 @@ def test_a_kill_faults_and_two_processes_leave_the_same_bytes(world, server, tin
     assert (world / "two.jsonl").read_bytes() == whole
 
 
+PAPER = {"generate_personas": "examples 5,similarity 0.6,temperature 0.8,embedder sentence-transformers/paraphrase-MiniLM-L6-v2",
+         "simulate": "rounds 10,split train", "evaluate": "rounds 10,split test",
+         "train": "lr 1e-05,batch-size 48,beta 0.9,epochs 3,target preferred"}
+
+
 @pytest.mark.parametrize("stage", ["generate_personas", "simulate", "train", "evaluate"])
 def test_from_any_folder_and_beside_files_of_the_same_name(stage, tmp_path):
     """From aloe/, from a folder that has a simulate.py and a package `aloe` of its own, and through a link."""
@@ -524,8 +529,32 @@ def test_from_any_folder_and_beside_files_of_the_same_name(stage, tmp_path):
     (tmp_path / "link.py").symlink_to(ROOT / f"aloe/{stage}.py")
     for folder, script in ((ROOT / "aloe", f"{stage}.py"), (tmp_path, ROOT / f"aloe/{stage}.py"), (tmp_path, "link.py")):
         done = subprocess.run([sys.executable, script, "--help"], cwd=folder, capture_output=True, text=True,
-                              env={**os.environ, "PYTHONPATH": str(tmp_path)} if script != f"{stage}.py" else None)
+                              env={**os.environ, "PYTHONPATH": str(tmp_path), "COLUMNS": "400"})
         assert done.returncode == 0 and "ALOE, section" in done.stdout, done.stderr
+    said, source = " ".join(done.stdout.split()), "".join((ROOT / file).read_text() for file in (
+        f"aloe/{stage}.py", "aloe/simulate.py", "common.py", "train.py"))
+    flags = set(re.findall(r"^  (--[a-z][a-z-]*)", done.stdout, re.M))
+    for flag in flags - {"--profiles", "--personalities"}:       # read by their names in a loop
+        assert re.search(rf"args\.{flag[2:].replace('-', '_')}\b", source), f"{flag} is never read"
+    manual, options = said.split("On a laptop")[1].split("options:")
+    assert set(re.findall(r"(?<![\w-])--[a-z][a-z-]*", manual)) <= flags | {"--config_file", "--config"}
+    for setting in PAPER[stage].split(","):
+        flag, value = setting.split()
+        assert re.search(rf"--{flag} [^\]]*?default: {re.escape(value)}(?!\d)", options), setting
+
+
+def test_a_dry_run_of_everything_counts_and_bad_words_are_refused():
+    def run_sh(*words, **more):
+        return subprocess.run(["bash", ROOT / "aloe/run.sh", *words], capture_output=True, text=True, cwd="/",
+                              env={**os.environ, "DRY_RUN": "1", **more})
+    said = run_sh("paper").stdout
+    assert "3000 conversations x 10 rounds x 4 (user, inducer, two replies) x 1 = 120000 calls" in said
+    assert "4 x 100 cases x 10 rounds x 2 (user, judge) = 8000 calls" in said and "trainings: 3, each on about 30000 rounds" in said
+    for more, words in (({"VARIANTS": "sft_dpo"}, "comes after sft"), ({"VARIANTS": "best"}, "no variant best"),
+                        ({"VARIANTS": "mute"}, "control of the embedded world")):
+        done = run_sh("paper", **more)
+        assert done.returncode == 2 and words in done.stderr
+    assert run_sh("large").returncode == 2 and not (ROOT / "runs/aloe/paper").exists()
 
 
 def test_the_two_of_one_name_do_not_meet():
