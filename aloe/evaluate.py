@@ -18,8 +18,8 @@ unreadable: counted and left out. Intervals: 95 %, a bootstrap over personas.
 
 On a laptop, with the embedded world's server (aloe/toy/server.py) running:
     python aloe/evaluate.py --model runs/am --variant sft --roleplayer openai:aloe-user@http://127.0.0.1:8766/v1 \\
-        --judge openai:aloe-judge@http://127.0.0.1:8766/v1 --dtype float32 --personas runs/ap.jsonl --output runs/ae \\
-        --results runs/ar.jsonl
+        --judge openai:aloe-judge@http://127.0.0.1:8766/v1 --dtype float32 --max-tokens 32 --personas runs/ap.jsonl \\
+        --output runs/ae --results runs/ar.jsonl
 The paper's scale, 100 x 10 x 2 calls (the paper: GPT-4o plays the user and judges):
     python aloe/evaluate.py --model runs/aloe/dpo --variant sft_dpo --roleplayer openai:MODEL --judge openai:MODEL \\
         --personas runs/aloe/personas.jsonl --output runs/aloe/eval/dpo --results runs/aloe/results.jsonl

@@ -4,8 +4,8 @@
               one is discarded whose highest cosine similarity with the pool exceeds 0.6
     until     a round adds fewer than --until
 
-Each split but the first keeps --held-out members of the pools for itself, so that no profile and no personality that is
-tested was trained on; a split's personas are random pairs of its members, none of them twice.
+Each split but the first keeps --held-out members of the pools for itself: nothing that is tested was trained on. A
+split's personas are random pairs of its members, none of them twice.
 
     reads   --profiles, --personalities     {"text": "She is 41 and drives the mobile library ..."}       the seeds
     writes  --output        {"persona_id": "train0000", "split": "train", "profile": "...", "personality": "..."}
@@ -14,8 +14,10 @@ tested was trained on; a split's personas are random pairs of its members, none 
             OUTPUT's .replies.jsonl     {"pool": "profiles", "round": 1, "reply": "..."}      what was paid for
 
 On a laptop, with the embedded world's server (aloe/toy/server.py) running:
-    python aloe/generate_personas.py --model openai:aloe-writer@http://127.0.0.1:8766/v1 --embedder ngrams \\
-        --splits train=80,test=20 --held-out 5 4 --similarity 0.9 --output runs/ap.jsonl
+    python aloe/toy/world.py --seed 42 --output runs/seeds
+    python aloe/generate_personas.py --model openai:aloe-writer@http://127.0.0.1:8766/v1 --embedder ngrams --rounds 3 \\
+        --profiles runs/seeds/profiles.jsonl --personalities runs/seeds/personalities.jsonl --similarity 0.95 \\
+        --splits train=40,test=10 --output runs/ap.jsonl
 The paper's scale, 330 profiles and 71 personalities, some 30 calls (the paper: GPT-4o):
     python aloe/generate_personas.py --model openai:MODEL --output runs/aloe/personas.jsonl
 """
@@ -35,7 +37,7 @@ PROMPTS = {"profiles": read_prompt("aloe_profiles"), "personalities": read_promp
 
 
 def ngrams(texts, n=4, d=4096):
-    """Unit vectors (N, d): how often each n letters in a row occur, by a hash of them. No meaning, only wording."""
+    """Unit vectors (N, d): how often each n letters in a row occur, by a hash. Wording, no meaning."""
     vectors = np.zeros((len(texts), d))
     for vector, text in zip(vectors, texts):
         text = " ".join(["", *re.findall(r"[^\W_]+", text.lower()), ""])
@@ -170,8 +172,7 @@ def main():
         if not growing:
             break
 
-    splits = {split: min(size, args.limit or size) for split, size in args.splits.items()}
-    parts = [split_pool(pools[pool], {split: held if i else None for i, split in enumerate(splits)}, args.seed)
+    parts = [split_pool(pools[pool], {split: held if i else None for i, split in enumerate(args.splits)}, args.seed)
              for pool, held in zip(PROMPTS, args.held_out)]
     made = []
     for split, size in args.splits.items():
@@ -181,7 +182,7 @@ def main():
                  "--splits, or let the pools grow: --until, --rounds, --held-out.", status=1)
         made += [{"persona_id": f"{split}{i:04d}", "split": split, "profile": profile, "personality": personality}
                  for i, (profile, personality) in enumerate(pairs_of(
-                     profiles, personalities, size, seed_for(args.seed, "pairs", split))[:splits[split]])]
+                     profiles, personalities, size, seed_for(args.seed, "pairs", split))[:args.limit])]
     for output, of_it in ((everything, rows), (personas, made)):
         for row in of_it if processes.is_main_process else ():
             if tuple(row[name] for name in output.key) not in output:

@@ -110,7 +110,7 @@ dpo() {
 
 everything() {
     DATA=(--personas "$RUN/personas.jsonl" --seed "$SEED" --rounds $K)
-    [ -z "$toy" ] || stage seeds python aloe/toy/world.py --seed "$SEED" --output "$RUN/seeds"
+    [ -z "$toy" ] || stage seeds python aloe/toy/world.py --seed 42 --output "$RUN/seeds"
     stage personas $LAUNCH aloe/generate_personas.py --model "$WRITER" --seed "$SEED" --splits "$SPLITS" \
         "${PERSONA[@]}" --output "$RUN/personas.jsonl" $SERVER_FLAGS $PERSONA_FLAGS
     user=$ROLEPLAYER

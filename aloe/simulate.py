@@ -18,8 +18,8 @@ A conversation with an empty or declined reply ends there and carries `refused`,
 
 On a laptop, with the embedded world's server (aloe/toy/server.py) running:
     python aloe/simulate.py --model aloe/toy/base --roleplayer openai:aloe-user@http://127.0.0.1:8766/v1 \\
-        --inducer openai:aloe-inducer@http://127.0.0.1:8766/v1 --dtype float32 --limit 20 --personas runs/ap.jsonl \\
-        --output runs/ac.jsonl
+        --inducer openai:aloe-inducer@http://127.0.0.1:8766/v1 --dtype float32 --limit 20 --max-tokens 32 \\
+        --personas runs/ap.jsonl --output runs/ac.jsonl
 The paper's scale, 3,000 x 10 x 4 = 120,000 calls (the paper: GPT-4o in all four parts):
     python aloe/simulate.py --model openai:MODEL --roleplayer openai:MODEL --inducer openai:MODEL --limit 3000 \\
         --personas runs/aloe/personas.jsonl --output runs/aloe/conversations.jsonl
