@@ -117,14 +117,12 @@ def read_personas(path):
 
 
 def read_gold(path, pairs=()):
-    """{(task_id, persona_id): gold response}; None where the Oracle refused. An empty gold is a refusal. If one of
-    `pairs` is not there, the program ends."""
+    """{(task_id, persona_id): gold response}; None where it was refused, or is empty. All of `pairs` must be there."""
     golds = {pair_of(row): None if "refused" in row else row["gold"].strip() or None
              for row in read_rows(path, PAIR, {"gold": str})}
     for pair in pairs:
         if pair not in golds:
-            fail(f"{path}: no gold response for {pair}. Run gold.py for that split, with the --limit and --seed of "
-                 "simulate.py.")
+            fail(f"{path}: no gold response for {pair}. Run gold.py on that split, with simulate.py's --limit and --seed.")
     return golds
 
 
@@ -324,8 +322,7 @@ def fold_system(chat):
 
 @lru_cache
 def special_tokens(tokenizer):
-    """{token: id}: those that the tokenizer names, and those that only its file marks as special, as Gemma's, Phi's and
-    Llama-3's ends of turn are."""
+    """{token: id}: those that the tokenizer names, and those that only its file marks as special: some ends of turn."""
     marked = {token.content: i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
     return {**marked, **dict(zip(tokenizer.all_special_tokens, tokenizer.all_special_ids))}
 
@@ -588,8 +585,7 @@ class LocalModel:
         return cache, ids, torch.cat([mask[opening_of], rest_mask], 1)
 
     def _answer(self, prompts, openings, draws, temperature, top_p):
-        """B lists of ids -> B lists of at most T new tokens, drawn by draws (B, T). A row that has ended leaves the
-        batch."""
+        """B lists of ids -> B lists of at most T new tokens, drawn by draws (B, T). A row leaves when it ends."""
         import torch
         import torch.nn.functional as F
         cache, ids, mask = self._prefill(prompts, openings)
@@ -698,8 +694,7 @@ def answer_all(rows, requests, spec, sampling, what, fields):
 
 
 def score_all(rows, keys, chat_of, spec):
-    """Saves `log_prob` (nats; None if it is not finite) and `tokens` of the last turn of chat_of(key), for each key
-    that is not there."""
+    """Saves `log_prob` (nats; None if not finite) and `tokens` of the last turn of chat_of(key), for keys not there."""
     if spec.startswith("openai:"):
         fail(f"--base {spec}: a server gives no log-probabilities of a gold response. Give a folder or a hub name.")
     scores = ()

@@ -73,8 +73,7 @@ ORDERS = ["ours_first", "base_first"]                           # which response
 
 def win_pairs(turns, how_many, K, seed):
     """{pair: its order before the judge} of the win rate's pairs: floor(how_many / K) of each conversation length 1..K,
-    drawn by a hash, so that they are the same for every model, and half of each length in either order.
-    turns: {pair: length}."""
+    drawn by a hash, so that they are the same for every model, half of each in either order. turns: {pair: length}."""
     return {pair: ORDERS[rank % 2] for length in range(1, K + 1) for rank, pair in enumerate(
         sorted((pair for pair in turns if turns[pair] == length),
                key=lambda pair: (seed_for(seed, "win", *pair), pair))[:how_many // K])}
@@ -138,8 +137,7 @@ def read_responses(path):
 
 
 def roleplayer_label(conversations, given):
-    """Who played the user in a file of conversations: the name given, or what its settings say, without a
-    folder's content."""
+    """Who played the user in a file of conversations: the name given, or its settings', without a folder's content."""
     name = given or read_settings(conversations).get("roleplayer") or fail(
         f"--roleplayer: {conversations}.settings.json is not there to say who played the user. Give a name.")
     return re.sub(r"^openai:| \(\w{12}\)$", "", name)

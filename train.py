@@ -52,7 +52,7 @@ def collate(examples, device=None):
             for rows, value in zip(zip(*examples), (0, -100))]
 
 
-def sum_loss(model, ids, labels):
+def sum_loss(model, ids, labels, reduction="sum"):
     """Sum over the supervised tokens of -log p(token | all before it), a scalar. ids, labels: (B, T).
 
     Logits are computed only in columns where some row has a target: at 32,000 words a full tensor is the largest one.
@@ -62,25 +62,26 @@ def sum_loss(model, ids, labels):
     columns = columns if len(columns) else columns.new_zeros(1)
     logits = model(input_ids=ids, logits_to_keep=columns, use_cache=False).logits                       # (B, C, V)
     return F.cross_entropy(logits.flatten(0, 1).float(), targets[:, columns].flatten(),     # -sum log p_Q(token | past)
-                           ignore_index=-100, reduction="sum")
+                           ignore_index=-100, reduction=reduction)
 
 
-def mean_loss(accelerator, model, batch, micro_batch_size, learn=False):
+def mean_loss(accelerator, model, batch, micro_batch_size, loss_of=None, learn=False):
     """Mean loss of a supervised token of a batch, in nats; to `learn`, with its gradient. batch: [(ids, labels)], the
-    same on all processes, which share it out.
+    same on all processes, which share it out. With `loss_of`, (model, examples, device) -> sum: that of an example.
 
     It is the sum over the batch's supervised tokens, divided by their number: a mean of micro-batch means would weigh
     the tokens of short conversations more. Sorted by length, micro-batches need little padding.
     """
     world = accelerator.num_processes
-    supervised = sum(label != -100 for _, labels in batch for label in labels[1:])      # a first one has no past
+    supervised = len(batch) if loss_of else sum(label != -100 for _, labels in batch for label in labels[1:])
     share = sorted(batch, key=lambda example: len(example[0]))[accelerator.process_index::world]
     model.train(learn)
     total = torch.zeros((), dtype=torch.float64, device=accelerator.device)
-    for i in range(0, math.ceil(len(batch) / world), micro_batch_size):     # all processes go backward together:
-        examples = share[i:i + micro_batch_size] or [([0, 0], [-100, -100])]            # some with a loss of 0
+    for i in range(0, math.ceil(len(batch) / world), micro_batch_size):     # all processes go backward together
+        examples, device = share[i:i + micro_batch_size] or batch[:1], accelerator.device
         with torch.set_grad_enabled(learn):
-            loss = sum_loss(model, *collate(examples, accelerator.device))
+            loss = loss_of(model, examples, device) if loss_of else sum_loss(model, *collate(examples, device))
+            loss = loss * (i < len(share))                      # 0 where a process has none left
             if learn:
                 accelerator.backward(loss * world / supervised)     # DDP and FSDP average over the processes
         total += loss.detach()
@@ -118,10 +119,10 @@ def read_examples(args, tokenizer):
         f"{args.selected}: no example to train on ({left_out}). Run select.py, or raise --max-length.")
 
 
-def fit(accelerator, model, args, training, validation, batches, folder):
+def fit(accelerator, model, args, training, validation, batches, folder, schedule="cosine", loss_of=None):
     """One AdamW step on training[i], i in batch, for each of the batches; folder/log.jsonl tells of them. Returns the
     model, as Accelerate has wrapped it, and the outcome in words."""
-    from transformers import get_cosine_schedule_with_warmup
+    from transformers import get_scheduler
     stochastic = args.rounding == "stochastic" and model.dtype == torch.bfloat16           # float32 loses nothing
     kind = StochasticAdamW if stochastic else torch.optim.AdamW
     optimizer = kind(model.parameters(), lr=args.lr, weight_decay=0.0, fused=True)     # fused: no copy of all weights
@@ -129,12 +130,13 @@ def fit(accelerator, model, args, training, validation, batches, folder):
     model, optimizer = accelerator.prepare(model, optimizer)
     # Not prepared: Accelerate would step it once for each process. Warm-up starts at 0, so a single step has none.
     warmup = min(math.ceil(args.warmup * len(batches)), len(batches) - 1)
-    schedule = get_cosine_schedule_with_warmup(optimizer, warmup, len(batches))
+    schedule = get_scheduler(schedule, optimizer, warmup, len(batches))
 
-    before, losses = mean_loss(accelerator, model, validation, args.micro_batch_size), []
+    before, losses = mean_loss(accelerator, model, validation, args.micro_batch_size, loss_of), []
     log = open(f"{folder}/log.jsonl" if accelerator.is_main_process else os.devnull, "a")
     for batch in (bar := tqdm(batches, "steps", disable=not accelerator.is_main_process)):
-        losses.append(mean_loss(accelerator, model, [training[i] for i in batch], args.micro_batch_size, learn=True))
+        examples = [training[i] for i in batch]
+        losses.append(mean_loss(accelerator, model, examples, args.micro_batch_size, loss_of, learn=True))
         norm = accelerator.clip_grad_norm_(model.parameters(), args.clip)
         norm = float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)          # under FSDP2 a shard
         if not math.isfinite(losses[-1] + norm):
@@ -145,17 +147,17 @@ def fit(accelerator, model, args, training, validation, batches, folder):
         schedule.step()
         optimizer.zero_grad()
         bar.set_postfix(loss=f"{losses[-1]:.3f}")
-    after = mean_loss(accelerator, model, validation, args.micro_batch_size)
-    return model, f"loss {losses[0]:.3f} -> {losses[-1]:.3f} nats a token" + (
+    after = mean_loss(accelerator, model, validation, args.micro_batch_size, loss_of)
+    return model, f"loss {losses[0]:.3f} -> {losses[-1]:.3f} nats a {'pair' if loss_of else 'token'}" + (
         f", held out {before:.3f} -> {after:.3f}" if validation else "")
 
 
-def model_card(args, settings, data, outcome):
+def model_card(args, about, settings, data, outcome):
     """README.md of a trained folder: what it is, and what it was made from."""
     commit = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=os.path.dirname(os.path.abspath(__file__)),
                             capture_output=True, text=True).stdout.strip() or "unknown"
     return (f"---\nbase_model: {args.base}\nlibrary_name: transformers\ntags: [star-gate]\n---\n"
-            f"A Questioner: `{args.base}`, fine-tuned by STaR-GATE's `train.py` to ask a user before it answers.\n\n"
+            f"`{args.base}`, fine-tuned by {about}.\n\n"
             f"- Data: {data}\n- Outcome: {outcome}\n- Code: commit {commit}\n\n"
             f"```json\n{json.dumps(settings, indent=1, ensure_ascii=False)}\n```\n")
 
@@ -186,8 +188,8 @@ def parse_args():
     return parser.parse_args()
 
 
-def main():
-    args = parse_args()
+def train(args, read_examples, about, *more):
+    """The stage, for aloe/train.py, too, which has other examples. about: for the model's card; more: for `fit`."""
     accelerator, tokenizer = start_processes(), load_tokenizer(args.base)
     dtype = args.dtype if accelerator.mixed_precision == "no" else "float32"        # where matrices alone are bfloat16
     examples, left_out = read_examples(args, tokenizer)
@@ -226,7 +228,7 @@ def main():
         say(accelerator, f"bfloat16 weights: rounded to nearest, a step of {args.lr:g} changes {moved:.0%} of them, "
                          "and is lost on others. --rounding stochastic keeps it on average (docs/precision.md).")
     try:
-        model, outcome = fit(accelerator, model, args, training, validation, batches, unfinished)
+        model, outcome = fit(accelerator, model, args, training, validation, batches, unfinished, *more)
     except torch.OutOfMemoryError as error:
         raise OSError(f"lower --micro-batch-size, add --gradient-checkpointing, or use more GPUs: {error}")
     state = accelerator.get_state_dict(model.to(getattr(torch, args.dtype)))        # all processes: FSDP gathers here
@@ -234,12 +236,17 @@ def main():
         try:
             accelerator.unwrap_model(model).save_pretrained(unfinished, state_dict=state)
             tokenizer.save_pretrained(unfinished)
-            Path(f"{unfinished}/README.md").write_text(model_card(args, settings, data, outcome), encoding="utf-8")
+            card = model_card(args, about, settings, data, outcome)
+            Path(f"{unfinished}/README.md").write_text(card, encoding="utf-8")
             os.replace(unfinished, args.output)                 # whole or not at all
         except Exception as error:                              # safetensors has errors of its own for a full disk
             raise OSError(f"{args.output}: {error}")
     accelerator.wait_for_everyone()
     say(accelerator, f"{args.output}: {len(batches)} steps, {outcome}")
+
+
+def main():
+    train(parse_args(), read_examples, "STaR-GATE's `train.py`: a Questioner, which asks a user before it answers")
 
 
 if __name__ == "__main__":

@@ -127,7 +127,7 @@ def test_nothing_else_at_the_top_level_and_no_toy_in_the_core():
     tops = {line.split("/")[0] for line in tracked.stdout.splitlines()} if not tracked.returncode else {  # an archive
         path.name for path in ROOT.iterdir()} - {"runs", "__pycache__", ".pytest_cache"}
     assert tops <= {*SCRIPTS, *("common.py run.sh stage.sh pytest.ini requirements.txt requirements-dev.txt README.md NOTES.md LICENSE "
-                                ".gitignore tests data toy configs benchmarks docs prompts requirements-report.txt results.py pictures.py rounding.py plan.py .ci").split()}
+                                ".gitignore tests data aloe toy configs benchmarks docs prompts requirements-report.txt results.py pictures.py rounding.py plan.py .ci").split()}
     for script in (*STAGES, "common"):
         code = re.sub(r'""".*?"""', "", (ROOT / f"{script}.py").read_text(), flags=re.S)
         assert not re.search(r"\b(import|from) (toy|world)\b", code) and "toy" not in code, script

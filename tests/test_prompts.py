@@ -30,6 +30,12 @@ def text(name, /, **fields):
 
 
 WORD_FOR_WORD = {                                                 # sha256 of the paper's texts, compared by eye once
+    "aloe_hint": "dbcc52dfddec7ba0",
+    "aloe_induction": "3251153dae8cb2ff",
+    "aloe_judge": "27bb8b8b5eeba1a9",
+    "aloe_personalities": "5590adefef8f43a8",
+    "aloe_profiles": "6178541425ec0827",
+    "aloe_roleplay": "6f56b7b81267574a",
     "elicitation": "73d340b4e50d3a9d",
     "gold_system": "d6ccd7806a885283",
     "gold_user": "ed3453f8c961d61e",

@@ -31,11 +31,10 @@ import torch.nn.functional as F
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import MistralConfig, MistralForCausalLM, PreTrainedTokenizerFast
 
-import world
-
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the stages; first, since PyPI has an "evaluate", too
 import common  # noqa: E402
 import simulate  # noqa: E402
+from toy import world  # noqa: E402
 
 PAD, BOS, EOS, USER, END_OF_USER = "<pad>", "<s>", "</s>", "[INST]", "[/INST]"
 CHAT_TEMPLATE = (
@@ -152,13 +151,17 @@ def phases(experts):
 
 # ---- tokenizer and model ----
 
-def build_tokenizer():
-    """Byte-level BPE in which every word of the world and of the elicitation prompt is one token."""
+def texts_of_the_world():
+    """Every word of the world and of the elicitation prompt."""
     rng = random.Random(0)
     texts = [simulate.ELICITATION_PROMPT, *world.NAMES, *sum(world.SLOTS.values(), []), world.EVASIVE, world.UNSURE]
     texts += [task for split in world.WORDINGS for task in world.make_tasks(split, 224)]
-    texts += [message["content"] for _ in range(300) for draw in (control, lambda rng: dialogue(rng, 0))
-              for message in draw(rng)]
+    return texts + [message["content"] for _ in range(300) for draw in (control, lambda rng: dialogue(rng, 0))
+                    for message in draw(rng)]
+
+
+def build_tokenizer(texts):
+    """Byte-level BPE in which every word of the texts is one token."""
     level = pre_tokenizers.ByteLevel(add_prefix_space=False)
     words = {word for text in texts for word, _ in level.pre_tokenize_str(" " + text)}
     tokenizer = Tokenizer(models.BPE())
@@ -202,7 +205,8 @@ def token_log_probs(model, ids, labels):
 def batches(draw, tokenizer, rng, size=1500, pool=200):
     """Without end: batches of about `size` tokens, documents of like length together."""
     while True:
-        documents = [common.supervised_ids(tokenizer, draw(rng)) for _ in range(pool)]  # the loss of train.py
+        documents = [example for _ in range(pool)                               # the loss of train.py
+                     for example in common.training_examples(tokenizer, draw(rng))]
         documents.sort(key=lambda document: len(document[0]))
         groups = [[]]
         for document in documents:
@@ -227,10 +231,10 @@ def step(model, optimizer, batch, rate):
 # ---- abilities ----
 
 @torch.inference_mode()
-def generate(model, tokenizer, conversations, sample, length=64):
+def generate(model, tokenizer, conversations, sample, length=64, temperature=0.9, top_p=0.9):
     """Conversations that end with a user turn -> the assistant's texts, sampled at the paper's settings or greedy."""
     batch = tokenizer.apply_chat_template(conversations, return_dict=True, padding=True, return_tensors="pt")
-    how = dict(do_sample=True, temperature=0.9, top_p=0.9, top_k=0) if sample else dict(do_sample=False)
+    how = dict(do_sample=True, temperature=temperature, top_p=top_p, top_k=0) if sample else dict(do_sample=False)
     ids = model.generate(**batch, max_new_tokens=length, **how)[:, batch["input_ids"].shape[1]:]
     return [text.strip() for text in tokenizer.batch_decode(ids, skip_special_tokens=True)]
 
@@ -321,6 +325,40 @@ def abilities(model, tokenizer, wanted=FLOORS):
     return found
 
 
+def pretrain(args, tokenizer, phases, measure, floors, size=1500):
+    """Trains through the phases, then lets the rate fall to zero, and writes the folder args.output. measure: (model,
+    tokenizer, {ability: floor} that are wanted) -> {ability: value}. Ends with status 1 if a floor is missed."""
+    torch.set_num_threads(1)  # a model of this size is faster on one thread than on two
+    start, rng = time.time(), random.Random(args.seed)
+    model = build_model(tokenizer, args.seed)
+    print(f"{model.num_parameters():,} parameters, {len(tokenizer)} tokens", flush=True)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=args.rate, betas=(0.9, 0.98), weight_decay=0.01)
+    seen, warm = 0, 60_000
+    for name, mixture, wanted, most in phases:
+        documents, weights = list(mixture), list(mixture.values())
+        stream = batches(lambda rng: rng.choices(documents, weights)[0](rng), tokenizer, rng, size)
+        begun, probed, reached = seen, seen, False
+        while not reached and seen < begun + most:
+            seen += step(model, optimizer, next(stream), args.rate * min(1, (seen + size) / warm))
+            if seen >= probed + args.probe:
+                probed = seen
+                found = measure(model, tokenizer, wanted)
+                reached = all(found[ability] >= floor for ability, floor in wanted.items())
+                print(f"{name}: {seen / 1e6:.2f} M tokens, {time.time() - start:.0f} s, {found}", flush=True)
+        print(f"-- {name}: {'reached' if reached else 'NOT reached'}", flush=True)
+    end = seen + args.decay
+    while seen < end:
+        seen += step(model, optimizer, next(stream), args.rate * max(0, end - seen) / args.decay)
+    final = {"seed": args.seed, "tokens": seen, "seconds": round(time.time() - start),
+             **measure(model, tokenizer, floors)}
+    model.save_pretrained(args.output)
+    tokenizer.save_pretrained(args.output)
+    Path(args.output, "abilities.json").write_text(json.dumps(final, indent=1) + "\n")
+    missed = [ability for ability, floor in floors.items() if final[ability] < floor]
+    print(json.dumps(final), f"floors missed: {', '.join(missed) or 'none'}")
+    sys.exit(1 if missed else 0)
+
+
 def parse_args():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", required=True, help="model folder to write")
@@ -334,35 +372,7 @@ def parse_args():
 
 def main():
     args = parse_args()
-    torch.set_num_threads(1)  # a model of this size is faster on one thread than on two
-    start, rng = time.time(), random.Random(args.seed)
-    tokenizer = build_tokenizer()
-    model = build_model(tokenizer, args.seed)
-    print(f"{model.num_parameters():,} parameters, {len(tokenizer)} tokens", flush=True)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=args.rate, betas=(0.9, 0.98), weight_decay=0.01)
-    seen, warm = 0, 60_000
-    for name, mixture, floors, most in phases(args.experts):
-        documents, weights = list(mixture), list(mixture.values())
-        stream = batches(lambda rng: rng.choices(documents, weights)[0](rng), tokenizer, rng)
-        begun, probed, reached = seen, seen, False
-        while not reached and seen < begun + most:
-            seen += step(model, optimizer, next(stream), args.rate * min(1, (seen + 1500) / warm))
-            if seen >= probed + args.probe:
-                probed = seen
-                found = abilities(model, tokenizer, floors)
-                reached = all(found[ability] >= floor for ability, floor in floors.items())
-                print(f"{name}: {seen / 1e6:.2f} M tokens, {time.time() - start:.0f} s, {found}", flush=True)
-        print(f"-- {name}: {'reached' if reached else 'NOT reached'}", flush=True)
-    end = seen + args.decay
-    while seen < end:
-        seen += step(model, optimizer, next(stream), args.rate * max(0, end - seen) / args.decay)
-    final = {"seed": args.seed, "tokens": seen, "seconds": round(time.time() - start), **abilities(model, tokenizer)}
-    model.save_pretrained(args.output)
-    tokenizer.save_pretrained(args.output)
-    Path(args.output, "abilities.json").write_text(json.dumps(final, indent=1) + "\n")
-    missed = [ability for ability, floor in FLOORS.items() if final[ability] < floor]
-    print(json.dumps(final), f"floors missed: {', '.join(missed) or 'none'}")
-    sys.exit(1 if missed else 0)
+    pretrain(args, build_tokenizer(texts_of_the_world()), phases(args.experts), abilities, FLOORS)
 
 
 if __name__ == "__main__":

@@ -30,13 +30,12 @@ import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
-import world
-
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the stages; first, since PyPI has an "evaluate", too
 import evaluate  # noqa: E402
 import generate_personas  # noqa: E402
 import gold  # noqa: E402
 import simulate  # noqa: E402
+from toy import world  # noqa: E402
 
 
 class Refused(ValueError):
@@ -96,8 +95,8 @@ def read_messages(messages):
     raise Refused("messages must be a system and a user message, or one user message that holds both")
 
 
-def reply(request):
-    """A chat completion request (parsed JSON) -> the text of the answer; Refused, with the reason, otherwise."""
+def model_and_seed(request):
+    """A chat completion request (parsed JSON) -> its model and integer seed, if this kind of server can answer it."""
     if not isinstance(request, dict):
         raise Refused("the request must be a JSON object")
     if request.get("stream") or request.get("n", 1) not in (1, None):
@@ -105,6 +104,12 @@ def reply(request):
     model, seed = request.get("model"), request.get("seed") or 0
     if not isinstance(seed, int):
         raise Refused("seed must be an integer")
+    return model, seed
+
+
+def reply(request):
+    """A chat completion request (parsed JSON) -> the text of the answer; Refused, with the reason, otherwise."""
+    model, seed = model_and_seed(request)
     system, user = read_messages(request.get("messages"))
     if system not in ROLES:
         raise Refused(f"no role has this system text: {system[:80]!r}")
@@ -121,9 +126,8 @@ def reply(request):
         raise Refused(str(error)) from error
 
 
-def completion(request):
+def completion(request, text):
     """The whole answer object of POST /v1/chat/completions; usage counts words."""
-    text = reply(request)
     asked = sum(len(message["content"].split()) for message in request["messages"])
     answered = len(text.split())
     return {
@@ -180,7 +184,8 @@ class Handler(BaseHTTPRequestHandler):
         if self.path == "/health":
             self.send(200, {"status": "ok"})
         elif self.path == "/v1/models":
-            models = [{"id": model, "object": "model", "created": 0, "owned_by": "toy"} for model in MODELS]
+            models = [{"id": model, "object": "model", "created": 0, "owned_by": "toy"}
+                      for model in self.server.models]
             self.send(200, {"object": "list", "data": models})
         else:
             self.refuse(404, f"unknown path {self.path}")
@@ -203,7 +208,8 @@ class Handler(BaseHTTPRequestHandler):
             self.refuse(400, "the prompt triggered the content management policy", "content_filter")
         else:
             try:
-                answer = completion(json.loads(body))
+                request = json.loads(body)
+                answer = completion(request, self.server.reply(request))
             except ValueError as error:  # Refused, or no JSON
                 return self.refuse(400, str(error))
             if fault in ("empty", "filtered_answer"):
@@ -233,6 +239,7 @@ class Server(ThreadingHTTPServer):
     daemon_threads = True  # open connections do not keep the process alive
     request_queue_size = 256  # clients open their connections all at once
     faults, stall, delay = Faults({}), 30, 0
+    reply, models = staticmethod(reply), MODELS  # of this world; aloe/toy/server.py has others
 
     def handle_error(self, request, client_address):
         if not isinstance(sys.exc_info()[1], ConnectionError):  # a client that hangs up is no news
@@ -246,8 +253,8 @@ def end_with(parent):
     os._exit(0)
 
 
-def parse_args():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def parse_args(manual):
+    parser = argparse.ArgumentParser(description=manual, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--port", type=int, default=8765, help="0: any free port")
     parser.add_argument("--port-file", help="the URL is written here once the server listens")
     parser.add_argument("--faults", type=fault_shares, default={}, metavar="JSON",
@@ -260,19 +267,19 @@ def parse_args():
     return parser.parse_args()
 
 
-def main():
-    args = parse_args()
+def main(manual=__doc__, server_class=Server):
+    args = parse_args(manual)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # SIGTERM ends it as Ctrl-C does
-    server = Server(("127.0.0.1", args.port), Handler)
+    server = server_class(("127.0.0.1", args.port), Handler)
     server.faults, server.stall, server.delay = Faults(args.faults, args.fault_seed), args.stall, args.delay
     url = f"http://127.0.0.1:{server.server_port}/v1"
     if args.port_file:  # atomically: a reader sees the whole URL or no file
         Path(args.port_file + ".new").write_text(url + "\n")
         os.replace(args.port_file + ".new", args.port_file)
-    print(f"serving on {url}", flush=True)
     if args.end_with_parent:
         threading.Thread(target=end_with, args=(os.getppid(),), daemon=True).start()
     try:
+        print(f"serving on {url}", flush=True)
         server.serve_forever()
     except KeyboardInterrupt:
         pass

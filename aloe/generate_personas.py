@@ -1,0 +1,200 @@
+"""Grow two pools, of profiles and of personalities, and pair them to personas (ALOE, section 2.1).
+
+    repeat    5 random members of a pool are shown to a language model, which writes 20 new ones
+              one is discarded whose highest cosine similarity with the pool exceeds 0.6
+    until     a round adds fewer than --until
+
+Each split but the first keeps --held-out members of the pools for itself: nothing that is tested was trained on. A
+split's personas are random pairs of its members, none of them twice.
+
+    reads   --profiles, --personalities     {"text": "She is 41 and drives the mobile library ..."}       the seeds
+    writes  --output        {"persona_id": "train0000", "split": "train", "profile": "...", "personality": "..."}
+            OUTPUT's .pools.jsonl       {"pool": "profiles", "round": 1, "item": 7, "text": "...", "kept": false,
+                                         "similarity": 0.71, "nearest": "..."}     all that were written, and the seeds
+            OUTPUT's .replies.jsonl     {"pool": "profiles", "round": 1, "reply": "..."}      what was paid for
+
+On a laptop, with the embedded world's server (aloe/toy/server.py) running:
+    python aloe/toy/world.py --seed 42 --output runs/seeds
+    python aloe/generate_personas.py --model openai:aloe-writer@http://127.0.0.1:8766/v1 --embedder ngrams --rounds 3 \\
+        --profiles runs/seeds/profiles.jsonl --personalities runs/seeds/personalities.jsonl --similarity 0.95 \\
+        --splits train=40,test=10 --output runs/ap.jsonl
+The paper's scale, 330 profiles and 71 personalities, some 30 calls (the paper: GPT-4o):
+    python aloe/generate_personas.py --model openai:MODEL --output runs/aloe/personas.jsonl
+"""
+import random
+import re
+import sys
+import zlib
+from pathlib import Path
+
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # first: there, too, is a generate_personas.py
+from common import (Request, Rows, add_model_flags, amount, announce, answer_all, fail, load, natural,  # noqa: E402
+                    nucleus, number, read_prompt, read_rows, run, say, seed_for, stage_parser, start_processes)
+
+PROMPTS = {"profiles": read_prompt("aloe_profiles"), "personalities": read_prompt("aloe_personalities")}
+
+
+def ngrams(texts, n=4, d=4096):
+    """Unit vectors (N, d): how often each n letters in a row occur, by a hash. Wording, no meaning."""
+    vectors = np.zeros((len(texts), d))
+    for vector, text in zip(vectors, texts):
+        text = " ".join(["", *re.findall(r"[^\W_]+", text.lower()), ""])
+        for i in range(len(text) - n + 1):
+            vector[zlib.crc32(text[i:i + n].encode()) % d] += 1
+    return vectors / np.linalg.norm(vectors, axis=1, keepdims=True).clip(1e-9)
+
+
+def encoder(path):
+    """A Hugging Face encoder as a function: texts -> unit vectors (N, d), the mean of the last hidden states, as
+    Sentence-Transformers has it for paraphrase-MiniLM-L6-v2 (which cuts texts at 128 tokens; nothing is cut here)."""
+    import torch
+    from transformers import AutoModel, AutoTokenizer
+    tokenizer, model = load(AutoTokenizer, path), load(AutoModel, path).eval()
+
+    def embed(texts):
+        batch = tokenizer(texts, padding=True, return_tensors="pt")
+        if batch["input_ids"].shape[1] > model.config.max_position_embeddings:
+            fail(f"{path}: a text is longer than its room. Lower --max-tokens, or use --embedder ngrams.")
+        with torch.no_grad():
+            states = model(**batch).last_hidden_state.double()                                  # (N, T, d)
+        mask = batch["attention_mask"][..., None]
+        mean = (states * mask).sum(1) / mask.sum(1)
+        return (mean / mean.norm(dim=1, keepdim=True)).numpy()
+    return embed
+
+
+def filtered(pool, new, most):
+    """[(highest cosine similarity with the pool, its index there, kept)] of each new one, in order: what is kept joins
+    the pool for those after it. pool: (P, d), new: (N, d), unit vectors."""
+    results = []
+    for vector in new:
+        similarity = pool @ vector                                                              # (P,)
+        nearest = int(similarity.argmax())
+        kept = bool(similarity[nearest] <= most)
+        results.append((float(similarity[nearest]), nearest, kept))
+        if kept:
+            pool = np.vstack([pool, vector])
+    return results
+
+
+def texts_in(reply, cut=False):
+    """The texts of a reply, one a line, without numbers or bullets; not one that was cut, a heading or "None"."""
+    lines = reply.splitlines()[:-1 if cut else None]
+    lines = [re.sub(r"^\s*(?:\d+[.):]|[-*•])\s+", "", line).strip() for line in lines]
+    return [line for line in lines if line and not line.endswith(":") and line.lower().strip(" .") != "none"]
+
+
+def split_pool(pool, sizes, seed):
+    """{split: its members}: sizes[split] of them by a seeded draw, and all others for the split whose size is None."""
+    order, parts = sorted(pool, key=lambda text: (seed_for(seed, "split", text), text)), {}
+    for split, size in sizes.items():
+        if size is not None:
+            parts[split], order = order[:size], order[size:]
+    return {split: parts.get(split, order) for split in sizes}
+
+
+def pairs_of(profiles, personalities, how_many, seed):
+    """`how_many` random pairs, none of them twice."""
+    drawn = random.Random(seed).sample(range(len(profiles) * len(personalities)), how_many)
+    return [(profiles[i // len(personalities)], personalities[i % len(personalities)]) for i in drawn]
+
+
+def split_sizes(text):
+    """"train=3310,test=100" -> {"train": 3310, "test": 100}"""
+    return {name: natural(size) for name, size in (part.split("=") for part in text.split(","))}
+
+
+def parse_args():
+    here = Path(__file__).resolve().parent / "data"
+    parser = stage_parser(__doc__, "personas (JSONL)", "write the first N of each split")
+    parser.add_argument("--model", required=True, help="who writes; the paper: GPT-4o")
+    for pool in PROMPTS:
+        parser.add_argument(f"--{pool}", default=str(here / f"{pool}.jsonl"), metavar="PATH", help=f"seeds of {pool}")
+    parser.add_argument("--splits", type=split_sizes, default="train=3310,test=100", help="how many personas of each")
+    parser.add_argument("--held-out", type=natural, nargs=2, default=[20, 7], metavar=("PROFILES", "PERSONALITIES"),
+                        help="members that each split but the first has for itself")
+    parser.add_argument("--examples", type=natural, default=5, help="members in a prompt")
+    parser.add_argument("--similarity", type=number(float, -1, 1), default=0.6, help="above it, a new one is discarded")
+    parser.add_argument("--embedder", default="sentence-transformers/paraphrase-MiniLM-L6-v2", metavar="NAME",
+                        help="folder or hub name of an encoder; `ngrams` compares wordings, without a model")
+    parser.add_argument("--until", type=natural, default=2, help="a round that adds fewer than N is a pool's last")
+    parser.add_argument("--rounds", type=natural, default=100, help="and there are no more than N")
+    parser.add_argument("--temperature", type=amount, default=0.8, help="of the writer")
+    parser.add_argument("--top-p", type=nucleus, default=1.0, help="of the nucleus")
+    parser.add_argument("--max-tokens", type=natural, default=4096, help="length of a reply of 20")
+    add_model_flags(parser, batch_size=2)
+    return parser.parse_args()
+
+
+def main():
+    args = parse_args()
+    pools = {pool: [row["text"] for row in read_rows(getattr(args, pool), {"text": str}, {})] for pool in PROMPTS}
+    processes = start_processes()
+    # A pool follows from the replies: these alone must survive a kill. `limit` and `splits` say what is made of it.
+    replies = Rows(args, args.output.removesuffix(".jsonl") + ".replies.jsonl", ("pool", "round"), processes,
+                   prompts=PROMPTS, splits=None, held_out=None, rounds=None)
+    everything = Rows(args, args.output.removesuffix(".jsonl") + ".pools.jsonl", ("pool", "round", "item"), processes,
+                      prompts=PROMPTS, splits=None, held_out=None, rounds=None)
+    personas = Rows(args, args.output, ("persona_id",), processes, prompts=PROMPTS)
+    if args.dry_run:                                            # at most: nobody knows when a pool is full
+        announce(replies, (args.model, [[{"role": "user", "content": PROMPTS[pool] + 5 * pools[pool][0]}]
+                                        for pool in pools] * args.rounds, args.max_tokens))
+    embed = ngrams if args.embedder == "ngrams" else encoder(args.embedder)
+    vectors = {pool: embed(pools[pool]) for pool in pools}
+    rows = [{"pool": pool, "round": 0, "item": i, "text": text, "kept": True} for pool in pools
+            for i, text in enumerate(pools[pool])]
+    growing = list(pools)
+    for r in range(1, args.rounds + 1):
+        requests = {}
+        for pool in growing:
+            seed = seed_for(args.seed, pool, r)
+            shown = random.Random(seed).sample(pools[pool], min(args.examples, len(pools[pool])))
+            content = PROMPTS[pool].format(examples="\n".join(shown))
+            requests[pool, r] = Request([{"role": "user", "content": content}], seed)
+        answer_all(replies, requests, args.model, (args.temperature, args.top_p, args.max_tokens), f"pools, round {r}",
+                   lambda key, reply: {"reply": reply.text})
+        for pool in growing[:]:
+            if "refused" in replies[pool, r]:
+                continue
+            new = texts_in(replies[pool, r]["reply"], "cut" in replies[pool, r])
+            new_vectors = embed(new) if new else vectors[pool][:0]
+            found = filtered(vectors[pool], new_vectors, args.similarity)
+            members = pools[pool] + [text for text, (_, _, kept) in zip(new, found) if kept]
+            rows += [{"pool": pool, "round": r, "item": i, "text": new[i], "kept": kept,
+                      "similarity": round(highest, 6), "nearest": members[nearest]}
+                     for i, (highest, nearest, kept) in enumerate(found)]
+            vectors[pool] = np.vstack([vectors[pool], new_vectors[[kept for _, _, kept in found]]])
+            if len(members) - len(pools[pool]) < args.until:
+                growing.remove(pool)
+            pools[pool] = members
+        if not growing:
+            break
+
+    parts = [split_pool(pools[pool], {split: held if i else None for i, split in enumerate(args.splits)}, args.seed)
+             for pool, held in zip(PROMPTS, args.held_out)]
+    made = []
+    for split, size in args.splits.items():
+        profiles, personalities = parts[0][split], parts[1][split]
+        if len(profiles) * len(personalities) < size:
+            fail(f"{len(profiles)} profiles x {len(personalities)} personalities are too few for {split}={size}. Lower "
+                 "--splits, or let the pools grow: --until, --rounds, --held-out.", status=1)
+        made += [{"persona_id": f"{split}{i:04d}", "split": split, "profile": profile, "personality": personality}
+                 for i, (profile, personality) in enumerate(pairs_of(
+                     profiles, personalities, size, seed_for(args.seed, "pairs", split))[:args.limit])]
+    for output, of_it in ((everything, rows), (personas, made)):
+        for row in of_it if processes.is_main_process else ():
+            if tuple(row[name] for name in output.key) not in output:
+                output.add(row)
+        output.finish()
+    discarded = sum(not row["kept"] for row in rows)
+    deviation = " (a deviation: they compare wording, not meaning)" if args.embedder == "ngrams" else ""
+    say(processes, "", made[0]["profile"], made[0]["personality"], "", f"{args.output}: {len(made)} personas of "
+        f"{len(pools['profiles'])} profiles and {len(pools['personalities'])} personalities; {r} rounds, of "
+        f"{len(rows)} texts {discarded} discarded as too similar by {args.embedder}{deviation}"
+        + (f"; still growing: {' '.join(growing)}" if growing else ""))
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,151 @@
+"""Fine-tune on preference pairs, first by SFT, then by DPO (ALOE, section 2.2).
+
+    --stage sft    L  =  - sum_i  log p(p_i | m_i, history)                                               (eq. 1)
+    --stage dpo    L  =  - sum_i  log sigma(beta log p(p_i | ...) / p_ref(p_i | ...)
+                                          - beta log p(r_i | ...) / p_ref(r_i | ...))                     (eq. 2)
+
+The history is m_1, s_1, ..., m_{i-1}, s_{i-1}: the path that was walked, a rejected reply where the coin chose it. Each
+round is an example of its own, and a loss falls on its reply alone, with its end-of-turn token. `--target rejected` is
+the paper's ablation. p_ref is --base: for `--stage dpo` the model that `--stage sft` has made. Its log-probabilities
+are computed once, and saved. (Left out: the paper mixes its SFT data with CodeActInstruct.)
+
+    reads   --conversations     the rows of aloe/simulate.py
+    writes  --output            a model folder that AutoModelForCausalLM and vLLM open; its log.jsonl as train.py's
+            OUTPUT.reference.jsonl      {"persona_id": "train0000", "round": 0, "reply": "preferred", "log_prob": -31.2}
+
+On a laptop (files from aloe/simulate.py's example):
+    python aloe/train.py --stage sft --base aloe/toy/base --conversations runs/ac.jsonl --dtype float32 --lr 1e-3 \\
+        --output runs/am
+    python aloe/train.py --stage dpo --base runs/am --conversations runs/ac.jsonl --dtype float32 --lr 2e-4 \\
+        --output runs/ad
+The paper's scale, 30,000 examples in batches of 48:
+    accelerate launch --config_file configs/fsdp.yaml aloe/train.py --stage sft --base Qwen/Qwen2-7B-Instruct \\
+        --conversations runs/aloe/conversations.jsonl --output runs/aloe/sft
+"""
+import sys
+from collections import defaultdict
+from functools import partial
+from pathlib import Path
+
+import torch.nn.functional as F
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # first: there, too, are a simulate.py and a train.py
+from aloe.simulate import walked  # noqa: E402
+from common import (Rows, amount, assistant_turns, fail, fraction, natural, open_model, read_rows, run,  # noqa: E402
+                    sample_pairs, save_all, seed_for, stage_parser, start_processes)
+from train import collate, sum_loss, train  # noqa: E402
+
+
+def reply_example(tokenizer, history, reply, cut=False):
+    """(ids, labels) of a chat that ends with a reply: labels are the ids of the reply with its end-of-turn token, which
+    one that was cut does not have, and -100 before it."""
+    ids, ((first, end, close),) = assistant_turns(
+        tokenizer, [*history, {"role": "assistant", "content": reply}], last_only=True)
+    ids = ids[:end if cut else close]
+    return ids, [-100] * first + ids[first:]
+
+
+def round_examples(tokenizer, rounds, coin=None):
+    """[{"preferred": (ids, labels), "rejected": (ids, labels)}], a dict a round; both follow the walked history.
+    coin: round -> whether the two change places."""
+    made = []
+    for i, r in enumerate(rounds):
+        history = walked([*rounds[:i], {"user": r["user"]}])
+        pair = {name: reply_example(tokenizer, history, r[name], name in r.get("cut", ()))
+                for name in ("preferred", "rejected")}
+        made.append(dict(zip(pair, reversed(pair.values()))) if coin and coin(i) else pair)
+    return made
+
+
+def dpo_loss(log_p, log_p_ref, beta):
+    """Losses (B,) and rewards (2, B) from the log-probabilities (2, B) of B preferred and B rejected replies."""
+    rewards = beta * (log_p - log_p_ref)                        # r(y) = beta log p(y | x) / p_ref(y | x)
+    preferred, rejected = rewards
+    return -F.logsigmoid(preferred - rejected), rewards         # eq. 2: -log sigma(r(p_i) - r(r_i))
+
+
+def pair_loss(model, examples, device, beta):
+    """Sum of the DPO losses of [(ids, labels, ids, labels, reference)]: of a preferred and a rejected reply, and the
+    reference's log-probabilities of the two."""
+    both = [example[:2] for example in examples] + [example[2:4] for example in examples]
+    log_p = -sum_loss(model, *collate(both, device), "none").view(len(both), -1).sum(1)                 # (2B,)
+    log_p_ref = log_p.new_tensor([example[4] for example in examples]).T                                # (2, B)
+    return dpo_loss(log_p.view(2, -1), log_p_ref, beta)[0].sum()
+
+
+def reference_log_probs(args, pairs):
+    """{(persona_id, round, reply): log p_ref(reply | history)}, computed once by --base and saved."""
+    processes = start_processes()
+    rows = Rows(args, f"{args.output}.reference.jsonl", ("persona_id", "round", "reply"), processes)
+    examples = {(*key, i, name): (ids, sum(label != -100 for label in labels)) for key, rounds in pairs.items()
+                for i, pair in rounds for name, (ids, labels) in pair.items()}
+    scores = () if all(key in rows for key in examples) else open_model(args.base, args, processes).score(
+        examples, rows, rows.share)
+    save_all(rows, examples, ((key, {"log_prob": p}) for key, p in scores), "reference log-probabilities")
+    return {key: rows[key]["log_prob"] for key in examples}
+
+
+def read_examples(args, tokenizer):
+    """{(persona_id,): examples}, as train.py's loop wants them, and what was left out."""
+    rows = {(row["persona_id"],): row for row in read_rows(args.conversations, {"persona_id": str}, {"rounds": list})}
+    whole = {key: row for key, row in rows.items() if "refused" not in row}
+    for (persona_id,), row in whole.items():
+        if not all({"user", "preferred", "rejected", "chosen"} <= {*r} for r in row["rounds"]):
+            fail(f"{args.conversations}: a round of {persona_id} lacks a field. These are rows of aloe/simulate.py.")
+    pairs, too_long = defaultdict(list), 0
+    for key in sample_pairs(whole, args.limit, args.seed):
+        coin = (lambda i: seed_for(args.seed, "pairs", *key, i) % 2) if args.pairs == "coin" else None  # noqa: B023
+        for i, pair in enumerate(round_examples(tokenizer, whole[key]["rounds"], coin)):
+            if max(len(ids) for ids, _ in pair.values()) <= args.max_length:
+                pairs[key].append((i, pair))
+            else:
+                too_long += 1
+    left_out = (f"{len(rows) - len(whole)} conversations refused, {too_long} rounds longer than {args.max_length} "
+                "tokens dropped")
+    if not pairs:
+        fail(f"{args.conversations}: no example to train on ({left_out}). Run aloe/simulate.py, or raise --max-length.")
+    if args.stage == "sft":
+        return {key: [pair[args.target] for _, pair in rounds] for key, rounds in pairs.items()}, left_out
+    ref = reference_log_probs(args, pairs)
+    return {key: [(*pair["preferred"], *pair["rejected"], [ref[*key, i, name] for name in ("preferred", "rejected")])
+                  for i, pair in rounds] for key, rounds in pairs.items()}, left_out
+
+
+def parse_args():
+    parser = stage_parser(__doc__, "model folder", "train on the conversations of a seeded sample of N personas")
+    parser.add_argument("--stage", choices=("sft", "dpo"), required=True, help="which loss")
+    parser.add_argument("--base", required=True, help="the model to start from; for dpo the one that sft has made")
+    parser.add_argument("--conversations", required=True, help="conversations (JSONL)")
+    parser.add_argument("--target", choices=("preferred", "rejected"), default="preferred", help="what sft learns")
+    parser.add_argument("--pairs", choices=("hint", "coin"), default="hint",
+                        help="coin: a control, in which chance says which of the two was preferred")
+    parser.add_argument("--beta", type=amount, default=0.9, help="of dpo: how dear it is to leave the reference")
+    parser.add_argument("--lr", type=amount, default=1e-5, help="peak; linear to 0")
+    parser.add_argument("--warmup", type=fraction, default=0.0, help="share of the steps (the paper gives none)")
+    parser.add_argument("--epochs", type=natural, help="passes over the examples; default: 3 for sft, 1 for dpo")
+    parser.add_argument("--batch-size", type=natural, default=48, help="rounds in a step, on all devices")
+    parser.add_argument("--micro-batch-size", type=natural, default=4, help="rounds on a device at a time")
+    parser.add_argument("--max-length", type=natural, default=4096,
+                        help="tokens; a longer example is dropped and counted, never cut")
+    parser.add_argument("--validation", type=fraction, default=0.05, help="share of the personas held out")
+    parser.add_argument("--clip", type=amount, default=1.0, help="largest norm of the gradient")
+    parser.add_argument("--gradient-checkpointing", action="store_true", help="less memory, a third more time")
+    parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="of the weights")
+    parser.add_argument("--rounding", choices=("nearest", "stochastic"), default="nearest",
+                        help="of bfloat16 weights: docs/precision.md tells what nearest loses")
+    parser.set_defaults(dry_run=False, max_refused=1.0)         # Rows asks; nothing is paid for here
+    args = parser.parse_args()
+    if args.stage == "dpo" and args.target != "preferred":
+        parser.error("--target belongs to --stage sft: dpo learns from both replies")
+    args.epochs = args.epochs or {"sft": 3, "dpo": 1}[args.stage]
+    return args
+
+
+def main():
+    args = parse_args()
+    about = f"`aloe/train.py --stage {args.stage}`: it infers a user's persona while they chat, and answers accordingly"
+    train(args, read_examples, about, "linear", partial(pair_loss, beta=args.beta) if args.stage == "dpo" else None)
+
+
+if __name__ == "__main__":
+    run(main)
