@@ -40,7 +40,7 @@ toy | smoke)
     fi
     SPLITS=train=$LIMIT,dev=$TEST,test=$TEST
     # The world's texts are of one form: two different users are as similar as two paraphrases elsewhere.
-    PERSONA=(--embedder ngrams --similarity 0.95 --rounds 8 --held-out 20 7 --profiles "$RUN/seeds/profiles.jsonl"
+    PERSONA=(--embedder ngrams --similarity 0.9 --rounds 8 --held-out 30 20 --profiles "$RUN/seeds/profiles.jsonl"
              --personalities "$RUN/seeds/personalities.jsonl")
     MODEL=(--dtype float32) TALK=(--max-tokens 32)
     LEARN=(--dtype float32 --micro-batch-size 16)
@@ -85,6 +85,9 @@ evaluate() {
         stage "evaluate $1 T=$T" $LAUNCH aloe/evaluate.py "${DATA[@]}" "${MODEL[@]}" "${TALK[@]}" --variant "$1" \
             --model "$2" --split "$SPLIT" --temperature "$T" --roleplayer "$user" --judge "$JUDGE" \
             --output "$RUN/$1/$SPLIT-T$T" --results "$RUN/results.jsonl" $SERVER_FLAGS $EVALUATE_FLAGS
+        [ -z "$toy" ] ||                        # only the embedded world can count facts
+            stage "measure $1 T=$T" python aloe/toy/measure.py --variant "$1" --evaluation "$RUN/$1/$SPLIT-T$T" \
+                --results "$RUN/results.jsonl"
     done
 }
 
@@ -137,6 +140,7 @@ everything() {
             dpo mute_dpo mute ;;
         esac
     done
+    stage report python aloe/report.py "$RUN" --split "$SPLIT"
 }
 
 embedded_world() {                              # URL: its server plays everybody but the model

@@ -15,7 +15,7 @@ from accelerate import Accelerator
 
 import common
 import train as loop
-from aloe import evaluate, generate_personas, simulate, train
+from aloe import evaluate, generate_personas, report, simulate, train
 from conftest import END_OF_TURN, ROOT, TEMPLATES, make_model, make_tokenizer, read_lines, run_stage, save_model, write_rows
 
 # ------------------------------------------------------------ the metric: table 1 (and, below the line, table 2)
@@ -561,3 +561,17 @@ def test_the_two_of_one_name_do_not_meet():
     import simulate as theirs
     assert theirs.__file__ == str(ROOT / "simulate.py") and simulate.__file__ == str(ROOT / "aloe/simulate.py")
     assert loop.__file__ == str(ROOT / "train.py") and train.train is loop.train and theirs is not simulate
+
+
+def test_the_curve_that_is_drawn(tmp_path):
+    """The rows are AL's, a temperature apart; the picture is the rows."""
+    rows = [{"variant": name, "iteration": 0, "metric": metric, "condition": condition, "roleplayer": "u", "split": "test",
+             "mean": 3.0, "sem": None, "n": 2, **({"by_round": [2.0, height]} if metric == "AL" else {})}
+            for name, height in (("base", 2.5), ("sft", 4.0)) for condition in ("T=0", "T=1") for metric in ("AL", "IR", "N-IR", "R2")]
+    write_rows(tmp_path / "results.jsonl", rows)
+    assert report.curves(rows, "T=1") == {"base": [2.0, 2.5], "sft": [2.0, 4.0]} and report.curves(rows, "T=2") == {}
+    done = subprocess.run([sys.executable, ROOT / "aloe/report.py", tmp_path], capture_output=True, text=True)
+    assert done.returncode == 0 and "2.00  4.00" in done.stdout, done.stderr
+    assert {path.name for path in (tmp_path / "report").iterdir()} == {f"al-T{t}.{kind}" for t in "01" for kind in ("png", "svg")}
+    done = subprocess.run([sys.executable, ROOT / "aloe/report.py", tmp_path, "--split", "dev"], capture_output=True, text=True)
+    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1 and "no results on split dev" in done.stderr

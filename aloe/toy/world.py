@@ -138,10 +138,14 @@ def main():
     args = parse_args()
     rng, folder = random.Random(args.seed), Path(args.output)
     folder.mkdir(parents=True, exist_ok=True)
-    profiles, personalities = zip(*(sentences(draw_persona(rng), rng) for _ in range(20)))
-    for name, texts in (("profiles", profiles), ("personalities", personalities)):
+    pools = {"profiles": [], "personalities": []}
+    while min(map(len, pools.values())) < 20:
+        for pool, text in zip(pools.values(), sentences(draw_persona(rng), rng)):
+            if text not in pool and len(pool) < 20:
+                pool.append(text)
+    for name, texts in pools.items():
         (folder / f"{name}.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
-    print(f"{args.output}: 20 profiles, 20 personalities; the first: {profiles[0]} {personalities[0]}")
+    print(f"{args.output}: 20 profiles, 20 personalities; the first: {pools['profiles'][0]} {pools['personalities'][0]}")
 
 
 if __name__ == "__main__":
