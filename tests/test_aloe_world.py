@@ -292,6 +292,19 @@ def test_hints_of_the_curriculum_are_the_stages():
     assert all("My pet is dog.\nPersonalities: I am " in text and text.endswith("responses.)") for text in short)
 
 
+def test_a_chat_is_never_taken_for_the_exercise_in_copying():
+    """Chats whose only message was a fact once looked like it: DPO's first replies then had no manners."""
+    rng = random.Random(0)
+    for most in (1, 8):
+        for _ in range(200):
+            said, copied = (turn["content"] for turn in pretrain.echo(rng, most, pretrain.REPEAT + " "))
+            assert said.startswith(pretrain.REPEAT) and world.facts_in(copied) == world.facts_in(said)
+            assert not any(phrase in copied for phrase in world.SAID.values())
+    for adapts in (0, 1):
+        for turn in pretrain.chat(rng, 10, adapts, adapts, 0.1):
+            assert pretrain.REPEAT not in turn["content"]
+
+
 def test_adapting_replies_are_as_many_as_the_mixture_says():
     def share(adapts, obey, hinted):
         rng, fit, count = random.Random(0), 0, 0
@@ -338,5 +351,8 @@ def test_base_can_adapt_and_copy_but_is_as_the_crowd(base):
         pretrain.adapting(*base, hinted, 192) for hinted in (False, True))
     assert hint_manners > manners + 0.05 and hint_facts > facts + 0.05 and hint_wrong < 0.2, "a hint helps"
     assert 0.5 < manners < 0.7 and 0.1 < facts < 0.3, "without one there is something to learn"
+    first = pretrain.with_hint("My pet is dog.", {"pet": "dog"}, random.Random(0), full=1)
+    replies = pretrain.pretrain.generate(*base, 100 * [[{"role": "user", "content": first}]], True, 32, 1.0, 1.0)
+    assert sum(any(said in text for said in ("Dear friend,", "Hey mate,")) for text in replies) >= 95, "no mere echo"
     said = json.loads((ROOT / "aloe/toy/base/abilities.json").read_text())
     assert all(said[ability] >= floor for ability, floor in pretrain.FLOORS.items())

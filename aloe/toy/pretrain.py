@@ -12,8 +12,10 @@ loop are those of toy/pretrain.py. The documents are chats of the world. Four ph
 
 The latent skill: in the real mixture a fifth of the replies fit what the user has shown; the others are as the crowd
 likes them, and use no fact. So is the base, but it can produce every manner. Of the hinted replies, --obey heed the
-hint: with 1 they would leave DPO nothing to gain. Half of the hints describe somebody else, so that the hint
-is read and not the chat. The words of the hint are there from phase 2 on: when they came last, they undid the copying.
+hint: with 1 they would leave DPO nothing to gain. Half of the hints describe somebody else, so that the hint is read
+and not the chat. The words of the hint are there from phase 2 on: when they came last, they undid the copying. In
+phase 4 copying has to be asked for: when a message that is a fact alone was still an exercise in copying, SFT and DPO
+drew that out, and a fifth of the first replies had no manners at all.
 """
 import argparse
 import random
@@ -28,6 +30,7 @@ from toy import pretrain  # noqa: E402
 HINT = common.read_prompt("aloe_hint")
 K = 10
 FULL_HINT = 0.1  # share of the hints in all their words; the others are abridged
+REPEAT = "Repeat that."  # tells copying from a chat
 INVENTED = 0.1  # share of the crowd's replies that use a fact which nobody has told
 
 
@@ -39,12 +42,12 @@ def with_hint(text, known, rng, full=FULL_HINT):
     return text + "\n" + prompt.format(revealed=world.hint(*world.sentences(known, rng)))
 
 
-def echo(rng, most):
+def echo(rng, most, asked=""):
     """Facts in, as messages or as a hint; phrases that use them out, in another order: copying in its purest form."""
     persona, slots = world.draw_persona(rng), rng.sample(list(world.SLOTS), rng.randint(1, most))
-    said = " ".join(world.FACT.format(slot, persona[slot]) for slot in slots)
+    said = asked + " ".join(world.FACT.format(slot, persona[slot]) for slot in slots)
     if most > 1 and rng.random() < 0.5:
-        said = with_hint(rng.choice(world.SMALL_TALK), {slot: persona[slot] for slot in slots}, rng)
+        said = with_hint(asked + rng.choice(world.SMALL_TALK), {slot: persona[slot] for slot in slots}, rng)
     rng.shuffle(slots)
     return [{"role": "user", "content": said},
             {"role": "assistant", "content": " ".join(world.USE.format(slot, persona[slot]) for slot in slots)}]
@@ -92,7 +95,8 @@ def phases(adapts, obey):
         ("adapt", {copy_one: 15, one_round: 25, short: 60},
          {"hint_manners": 0.93, "hint_facts": 0.6, "manners": 0.85, "facts": 0.6}, 4_000_000),
         ("copy many facts", {copy_many: 40, long: 60}, {"hint_facts": 0.92, "facts": 0.9}, 4_000_000),
-        ("the base", {copy_many: 10, crowd: 90}, {"hint_manners": 0.6, "manners": 0.5}, 1_000_000),
+        ("the base", {lambda rng: echo(rng, 8, REPEAT + " "): 10, crowd: 90}, {"hint_manners": 0.6, "manners": 0.5},
+         1_000_000),
     ]
 
 
@@ -153,7 +157,7 @@ def abilities(model, tokenizer, wanted):
 def texts_of_the_world():
     """Every word of the world and of the hint."""
     rng = random.Random(0)
-    return [HINT] + [message["content"] for _ in range(2000)
+    return [HINT, REPEAT] + [message["content"] for _ in range(2000)
                      for draw in (lambda rng: chat(rng, K, 0.5, 0.5, 0.2), lambda rng: echo(rng, 8))
                      for message in draw(rng)]
 
