@@ -67,18 +67,18 @@ def sum_loss(model, ids, labels, reduction="sum"):
 
 def mean_loss(accelerator, model, batch, micro_batch_size, loss_of=None, learn=False):
     """Mean loss of a supervised token of a batch, in nats; to `learn`, with its gradient. batch: [(ids, labels)], the
-    same on all processes, which share it out. With `loss_of`, (model, examples, device) -> sum: that of an example.
+    same on all processes, which share it out. With loss_of(model, examples, device), a sum: the mean of an example.
 
     It is the sum over the batch's supervised tokens, divided by their number: a mean of micro-batch means would weigh
     the tokens of short conversations more. Sorted by length, micro-batches need little padding.
     """
-    world = accelerator.num_processes
+    world, device = accelerator.num_processes, accelerator.device
     supervised = len(batch) if loss_of else sum(label != -100 for _, labels in batch for label in labels[1:])
     share = sorted(batch, key=lambda example: len(example[0]))[accelerator.process_index::world]
     model.train(learn)
-    total = torch.zeros((), dtype=torch.float64, device=accelerator.device)
+    total = torch.zeros((), dtype=torch.float64, device=device)
     for i in range(0, math.ceil(len(batch) / world), micro_batch_size):     # all processes go backward together
-        examples, device = share[i:i + micro_batch_size] or batch[:1], accelerator.device
+        examples = share[i:i + micro_batch_size] or batch[:1]
         with torch.set_grad_enabled(learn):
             loss = loss_of(model, examples, device) if loss_of else sum_loss(model, *collate(examples, device))
             loss = loss * (i < len(share))                      # 0 where a process has none left
@@ -119,7 +119,7 @@ def read_examples(args, tokenizer):
         f"{args.selected}: no example to train on ({left_out}). Run select.py, or raise --max-length.")
 
 
-def fit(accelerator, model, args, training, validation, batches, folder, schedule="cosine", loss_of=None):
+def fit(accelerator, model, args, training, validation, batches, folder, shape="cosine", loss_of=None):
     """One AdamW step on training[i], i in batch, for each of the batches; folder/log.jsonl tells of them. Returns the
     model, as Accelerate has wrapped it, and the outcome in words."""
     from transformers import get_scheduler
@@ -130,7 +130,7 @@ def fit(accelerator, model, args, training, validation, batches, folder, schedul
     model, optimizer = accelerator.prepare(model, optimizer)
     # Not prepared: Accelerate would step it once for each process. Warm-up starts at 0, so a single step has none.
     warmup = min(math.ceil(args.warmup * len(batches)), len(batches) - 1)
-    schedule = get_scheduler(schedule, optimizer, warmup, len(batches))
+    schedule = get_scheduler(shape, optimizer, warmup, len(batches))
 
     before, losses = mean_loss(accelerator, model, validation, args.micro_batch_size, loss_of), []
     log = open(f"{folder}/log.jsonl" if accelerator.is_main_process else os.devnull, "a")
@@ -188,8 +188,8 @@ def parse_args():
     return parser.parse_args()
 
 
-def train(args, read_examples, about, *more):
-    """The stage, for aloe/train.py, too, which has other examples. about: for the model's card; more: for `fit`."""
+def train(args, read_examples, about, schedule="cosine", loss_of=None):
+    """The stage, for aloe/train.py, too, which has other examples. about: what the model's card says."""
     accelerator, tokenizer = start_processes(), load_tokenizer(args.base)
     dtype = args.dtype if accelerator.mixed_precision == "no" else "float32"        # where matrices alone are bfloat16
     examples, left_out = read_examples(args, tokenizer)
@@ -228,7 +228,7 @@ def train(args, read_examples, about, *more):
         say(accelerator, f"bfloat16 weights: rounded to nearest, a step of {args.lr:g} changes {moved:.0%} of them, "
                          "and is lost on others. --rounding stochastic keeps it on average (docs/precision.md).")
     try:
-        model, outcome = fit(accelerator, model, args, training, validation, batches, unfinished, *more)
+        model, outcome = fit(accelerator, model, args, training, validation, batches, unfinished, schedule, loss_of)
     except torch.OutOfMemoryError as error:
         raise OSError(f"lower --micro-batch-size, add --gradient-checkpointing, or use more GPUs: {error}")
     state = accelerator.get_state_dict(model.to(getattr(torch, args.dtype)))        # all processes: FSDP gathers here

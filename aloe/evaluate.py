@@ -57,6 +57,8 @@ def improvement(al):
     """{"AL": average, "IR", "N-IR", "R2"} of AL(1..K), floats; NaN where a curve of one height or point has none."""
     al, k = np.array(al, float), np.arange(1, len(al) + 1)
     dk, d = k - k.mean(), al - al.mean()
+    if np.ptp(al) == 0:
+        d = d * 0                                               # not a rest of rounding
     with np.errstate(invalid="ignore", divide="ignore"):
         slope = (dk @ d) / (dk @ dk)                            # eq. 3: argmin over b, a of sum (b k + a - AL(k))^2
         return {"AL": float(al.mean()), "IR": float(slope), "N-IR": float(slope / np.float64(np.ptp(al))),  # eq. 4

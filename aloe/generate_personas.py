@@ -4,8 +4,7 @@
               one is discarded whose highest cosine similarity with the pool exceeds 0.6
     until     a round adds fewer than --until
 
-Each split but the first keeps --held-out members of the pools for itself: nothing that is tested was trained on. A
-split's personas are random pairs of its members, none of them twice.
+Each split but the first keeps --held-out members of the pools for itself. Its personas are random pairs of them.
 
     reads   --profiles, --personalities     {"text": "She is 41 and drives the mobile library ..."}       the seeds
     writes  --output        {"persona_id": "train0000", "split": "train", "profile": "...", "personality": "..."}
@@ -61,6 +60,8 @@ def encoder(path):
             states = model(**batch).last_hidden_state.double()                                  # (N, T, d)
         mask = batch["attention_mask"][..., None]
         mean = (states * mask).sum(1) / mask.sum(1)
+        if not mean.isfinite().all():
+            fail(f"{path}: gives no finite numbers. Name another --embedder.")
         return (mean / mean.norm(dim=1, keepdim=True)).numpy()
     return embed
 
@@ -80,10 +81,10 @@ def filtered(pool, new, most):
 
 
 def texts_in(reply, cut=False):
-    """The texts of a reply, one a line, without numbers or bullets; not one that was cut, a heading or "None"."""
+    """The texts of a reply, one a line, without numbers or bullets; not one that was cut, a heading, or very short."""
     lines = reply.splitlines()[:-1 if cut else None]
     lines = [re.sub(r"^\s*(?:\d+[.):]|[-*•])\s+", "", line).strip() for line in lines]
-    return [line for line in lines if line and not line.endswith(":") and line.lower().strip(" .") != "none"]
+    return [line for line in lines if len(re.findall(r"\w+", line)) > 4 and not line.endswith(":")]
 
 
 def split_pool(pool, sizes, seed):
@@ -96,7 +97,7 @@ def split_pool(pool, sizes, seed):
 
 
 def pairs_of(profiles, personalities, how_many, seed):
-    """`how_many` random pairs, none of them twice."""
+    """`how_many` random pairs, none twice."""
     drawn = random.Random(seed).sample(range(len(profiles) * len(personalities)), how_many)
     return [(profiles[i // len(personalities)], personalities[i % len(personalities)]) for i in drawn]
 
@@ -131,15 +132,15 @@ def parse_args():
 def main():
     args = parse_args()
     pools = {pool: [row["text"] for row in read_rows(getattr(args, pool), {"text": str}, {})] for pool in PROMPTS}
-    processes = start_processes()
+    processes = start_processes() if all(pools.values()) else fail(
+        f"{args.profiles}, {args.personalities}: no text in one of them. A pool grows from some.")
     # A pool follows from the replies: these alone must survive a kill. `limit` and `splits` say what is made of it.
-    replies = Rows(args, args.output.removesuffix(".jsonl") + ".replies.jsonl", ("pool", "round"), processes,
-                   prompts=PROMPTS, splits=None, held_out=None, rounds=None)
-    everything = Rows(args, args.output.removesuffix(".jsonl") + ".pools.jsonl", ("pool", "round", "item"), processes,
-                      prompts=PROMPTS, splits=None, held_out=None, rounds=None)
+    name, settings = args.output.removesuffix(".jsonl"), {"prompts": PROMPTS, "splits": None, "held_out": None}
+    replies = Rows(args, f"{name}.replies.jsonl", ("pool", "round"), processes, **settings, rounds=None)
+    everything = Rows(args, f"{name}.pools.jsonl", ("pool", "round", "item"), processes, **settings)
     personas = Rows(args, args.output, ("persona_id",), processes, prompts=PROMPTS)
     if args.dry_run:                                            # at most: nobody knows when a pool is full
-        announce(replies, (args.model, [[{"role": "user", "content": PROMPTS[pool] + 5 * pools[pool][0]}]
+        announce(replies, (args.model, [[{"role": "user", "content": PROMPTS[pool] + args.examples * pools[pool][0]}]
                                         for pool in pools] * args.rounds, args.max_tokens))
     embed = ngrams if args.embedder == "ngrams" else encoder(args.embedder)
     vectors = {pool: embed(pools[pool]) for pool in pools}
@@ -188,11 +189,10 @@ def main():
             if tuple(row[name] for name in output.key) not in output:
                 output.add(row)
         output.finish()
-    discarded = sum(not row["kept"] for row in rows)
     deviation = " (a deviation: they compare wording, not meaning)" if args.embedder == "ngrams" else ""
     say(processes, "", made[0]["profile"], made[0]["personality"], "", f"{args.output}: {len(made)} personas of "
         f"{len(pools['profiles'])} profiles and {len(pools['personalities'])} personalities; {r} rounds, of "
-        f"{len(rows)} texts {discarded} discarded as too similar by {args.embedder}{deviation}"
+        f"{len(rows)} texts {sum(not row['kept'] for row in rows)} discarded as similar by {args.embedder}{deviation}"
         + (f"; still growing: {' '.join(growing)}" if growing else ""))
 
 

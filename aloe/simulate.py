@@ -105,8 +105,7 @@ def talk(output, people, steps, speakers, choose, what, *later):
     """Simulates the conversations that `output` does not have, and saves them. A block of people goes step by step, and
     is saved as a whole. Two blocks are under way: while a server answers one, the other asks.
 
-    speakers: {field: (model, temperature, (person, messages so far, this round so far) -> what the model sees)}; later:
-    what else is announced
+    speakers: {field: (model, temperature, (person, messages, this round) -> what it sees)}; later: for `announce`
     """
     args, K = output.args, output.args.rounds
     size = max(1, args.batch_size // max(map(len, steps)))      # two replies to half as many people are a batch, too
@@ -144,7 +143,8 @@ def talk(output, people, steps, speakers, choose, what, *later):
 def read_people(path, split, limit, seed):
     """{(persona_id,): row} of a split, or of a seeded sample of it. A persona that is "None" ends the program."""
     fields = {"split": str, "profile": str, "personality": str}
-    rows = {(row["persona_id"],): row for row in read_rows(path, {"persona_id": str}, fields) if row["split"] == split}
+    rows = {(row["persona_id"],): {name: row[name] for name in ("persona_id", *fields)} for row in
+            read_rows(path, {"persona_id": str}, fields) if "refused" not in row and row["split"] == split}
     for (persona_id,), row in rows.items():
         for name in ("profile", "personality"):
             if row[name].strip(" .\n").lower() in ("", "none"):

@@ -31,8 +31,8 @@ import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # first: there, too, are a simulate.py and a train.py
 from aloe.simulate import walked  # noqa: E402
-from common import (Rows, amount, assistant_turns, fail, fraction, natural, open_model, read_rows, run,  # noqa: E402
-                    sample_pairs, save_all, seed_for, stage_parser, start_processes)
+from common import (Rows, amount, assistant_turns, fail, fraction, natural, open_model, read_rows,  # noqa: E402
+                    read_settings, run, sample_pairs, save_all, say, seed_for, stage_parser, start_processes)
 from train import collate, sum_loss, train  # noqa: E402
 
 
@@ -76,6 +76,10 @@ def pair_loss(model, examples, device, beta):
 def reference_log_probs(args, pairs):
     """{(persona_id, round, reply): log p_ref(reply | history)}, computed once by --base and saved."""
     processes = start_processes()
+    if processes.mixed_precision != "no":
+        fail("--stage dpo: its reference is computed in --dtype. Launch it with mixed_precision 'no' (configs/fsdp.yaml).")
+    if read_settings(args.base).get("stage") != "sft":
+        say(processes, f"warning: --base {args.base} is not made by --stage sft, from which the paper's DPO starts.")
     rows = Rows(args, f"{args.output}.reference.jsonl", ("persona_id", "round", "reply"), processes)
     examples = {(*key, i, name): (ids, sum(label != -100 for label in labels)) for key, rounds in pairs.items()
                 for i, pair in rounds for name, (ids, labels) in pair.items()}
@@ -90,8 +94,10 @@ def read_examples(args, tokenizer):
     rows = {(row["persona_id"],): row for row in read_rows(args.conversations, {"persona_id": str}, {"rounds": list})}
     whole = {key: row for key, row in rows.items() if "refused" not in row}
     for (persona_id,), row in whole.items():
-        if not all({"user", "preferred", "rejected", "chosen"} <= {*r} for r in row["rounds"]):
-            fail(f"{args.conversations}: a round of {persona_id} lacks a field. These are rows of aloe/simulate.py.")
+        if not all(isinstance(r, dict) and r.get("chosen") in ("preferred", "rejected")
+                   and all(isinstance(r.get(name), str) for name in ("user", "preferred", "rejected"))
+                   for r in row["rounds"]):
+            fail(f"{args.conversations}: a round of {persona_id} lacks a text. These are rows of aloe/simulate.py.")
     pairs, too_long = defaultdict(list), 0
     for key in sample_pairs(whole, args.limit, args.seed):
         coin = (lambda i: seed_for(args.seed, "pairs", *key, i) % 2) if args.pairs == "coin" else None  # noqa: B023

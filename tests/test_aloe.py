@@ -114,12 +114,18 @@ def test_an_encoders_mean_leaves_padding_out(tmp_path):
         assert torch.allclose(torch.tensor(vector), mean / mean.norm(), atol=1e-6)
     with pytest.raises(SystemExit):
         embed(["x" * 100])
+    model.embeddings.word_embeddings.weight.data.fill_(float("nan"))
+    model.save_pretrained(tmp_path)
+    with pytest.raises(SystemExit):                              # else nothing would be similar to anything
+        generate_personas.encoder(str(tmp_path))(texts)
 
 
 def test_what_a_writer_writes_as_texts():
-    reply = "Here are 20:\n\n1. She sings.\n2) He is 3. He naps.\n- Calm.\nNone\nnone.\n\n17 years old, he skates.\nThe la"
-    assert generate_personas.texts_in(reply, cut=True) == ["She sings.", "He is 3. He naps.", "Calm.", "17 years old, he skates."]
-    assert generate_personas.texts_in(reply)[-1] == "The la"
+    reply = ("Here are the 20 user profiles:\n---\nSure! Here you go.\n1. She sings in a small choir.\n2) He is 3. He naps a lot."
+             "\n- Calm, kind, loud, shy, slow.\nNone\nnone.\n\n17 years old, he skates.\nThe last one here is a baker")
+    assert generate_personas.texts_in(reply, cut=True) == [
+        "She sings in a small choir.", "He is 3. He naps a lot.", "Calm, kind, loud, shy, slow.", "17 years old, he skates."]
+    assert generate_personas.texts_in(reply)[-1] == "The last one here is a baker"
 
 
 WORDS = "acorn bronze cedar delta ember fjord garnet hazel indigo jasper kelp lotus maple nectar opal pearl quartz raven sable thyme".split()
@@ -152,7 +158,7 @@ def test_pools_grow_and_personas_are_pairs(run, server, tmp_path):
     members = {row["text"] for row in texts if row["kept"]}
     assert all(row["nearest"] in members for row in discarded) and {p["profile"] for p in people} <= members
     assert all(row["similarity"] <= 0.6 for row in texts if row["kept"] and row["round"])
-    assert f"of {len(texts)} texts {len(discarded)} discarded as too similar by ngrams (a deviation" in out
+    assert f"of {len(texts)} texts {len(discarded)} discarded as similar by ngrams (a deviation" in out
     assert [row["round"] for row in texts].count(0) == 40 and len(server.requests) == 2 * max(row["round"] for row in texts)
     asked = server.requests[0]["messages"]
     assert len(asked) == 1 and server.requests[0]["temperature"] == 0.8
@@ -169,6 +175,12 @@ def test_pools_grow_and_personas_are_pairs(run, server, tmp_path):
     assert [(tmp_path / file).read_bytes() for file in files] == before and len(server.requests) == count, "nothing is paid twice"
     _, err = run(generate_personas, *grow(tmp_path / "q.jsonl", server), "--splits", "train=9999999", status=1)
     assert "too few for train=9999999" in err
+
+
+def test_an_empty_pool_ends_in_one_line(run, server, tmp_path):
+    (tmp_path / "empty.jsonl").write_text("")
+    _, err = run(generate_personas, *grow(tmp_path / "p.jsonl", server), "--profiles", tmp_path / "empty.jsonl", status=2)
+    assert "no text in one of them" in err
 
 
 def test_the_seeds_are_twenty_of_each_and_differ():
@@ -465,6 +477,7 @@ def test_the_reference_is_computed_once(run, world, tiny, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(train, "open_model", None)                 # it would be called
         out, _ = run(train, *flags)
+    assert "is not made by --stage sft" in out
     assert "6 examples + 3 held out" in out and "trained already" in run(train, *flags)[0]
     tokenizer, model = common.load_tokenizer(tiny), common.load_model(tiny, "float32").eval()
     for i, pair in enumerate(train.round_examples(tokenizer, ROUNDS)):
@@ -473,7 +486,11 @@ def test_the_reference_is_computed_once(run, world, tiny, monkeypatch):
                 assert saved[i, name] == pytest.approx(-loop.sum_loss(model, *loop.collate([example])).item(), rel=1e-5)
     write_rows(world / "c.jsonl", [{**PEOPLE[0], "rounds": [{"user": "Hi"}]}])
     _, err = run(train, *flags, "--output", world / "other", status=2)
-    assert "a round of train0000 lacks a field" in err
+    assert "a round of train0000 lacks a text" in err
+    for wrong in ({"user": 1}, {"chosen": "other"}):
+        write_rows(world / "c.jsonl", [{**PEOPLE[0], "rounds": [{**ROUNDS[0], **wrong}]}])
+        _, err = run(train, *flags, "--output", world / "other", status=2)
+        assert "a round of train0000 lacks a text" in err
     write_rows(world / "c.jsonl", [{"persona_id": "a", "refused": "user, round 1: empty"}])
     _, err = run(train, *flags, "--output", world / "other", status=2)
     assert "no example to train on (1 conversations refused" in err
