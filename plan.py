@@ -158,7 +158,7 @@ class Plan:
         else:
             self.state[args.output] = ("done" if not left else f"would grow by {left:,} rows" if all(map(finished, files))
                                        else "is not finished")
-        self.work["done"] += self.state[args.output] == "done"
+        self.work.update(outputs=1, done=self.state[args.output] == "done")
         for name in ("base", "questioner", "model", "oracle", "roleplayer", "judge"):
             spec = getattr(args, name, None) or "openai:"
             if self.state[args.output] != "done" and spec not in self.state and not spec.startswith("openai:"):
@@ -271,7 +271,7 @@ def model_bytes(base, dtype):
 def tell(plan, folder):
     """Prints the plan; fails if its models do not fit on the disk."""
     work = plan.work
-    print(f"{folder}: {work['done']} of {len(plan.state)} outputs are done. Left: {work['conversations']:,} conversations, "
+    print(f"{folder}: {work['done']} of {work['outputs']} outputs are done. Left: {work['conversations']:,} conversations, "
           f"{work['scores']:,} scores, {work['trainings']} trainings, {work['evaluations']} evaluations")
     for (role, model), count in plan.calls.items():
         print(f"  {role}, {model.split('@http')[0]}: {count['calls']:,} calls (about {count['tokens_in']:,} tokens in, "

@@ -1,6 +1,6 @@
 """Make the base chatbot of ALOE's embedded world: a Mistral of 0.2 M parameters, from scratch, on one thread.
 
-    python aloe/toy/pretrain.py --output aloe/toy/base          # the base that is shipped; 5 to 8 minutes
+    python aloe/toy/pretrain.py --output aloe/toy/base      # the base that is shipped; 776 s on a busy core
 
 It writes a Hugging Face folder (weights, tokenizer, chat template) and abilities.json. Tokenizer, model and training
 loop are those of toy/pretrain.py. The documents are chats of the world. Four phases, whose order matters:
