@@ -1,12 +1,15 @@
 """The table of an ALOE run, in the paper's shape, and AL over the rounds as a picture.
 
     python aloe/report.py runs/aloe/toy
+    python aloe/report.py runs/aloe/seed-100 runs/aloe/seed-101     # of several runs: means, ± the standard deviation
 
-    reads   RUN/results.jsonl           the rows of evaluate.py
+    reads   RUN/results.jsonl           the rows of evaluate.py (and toy/measure.py)
     writes  RUN/report/al-T0.png, .svg  a picture for each temperature, if matplotlib is there (requirements-report.txt)
 """
 import argparse
+import statistics
 import sys
+from collections import defaultdict
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # first: there, too, is a report.py
@@ -19,6 +22,25 @@ def curves(results, condition):
     """{model: [AL(1), ..., AL(K)]} at one temperature."""
     return {row["variant"]: row["by_round"] for row in results
             if row["metric"] == "AL" and row["condition"] == condition}
+
+
+COLUMNS = ("AL", "IR", "N-IR", "R2", "fitting_manners", "used_facts", "invented_facts")
+
+
+def over_seeds(runs):
+    """[results of a run, ...] -> lines: a line a model and temperature, each mean over the runs ± its standard
+    deviation; "-" where a run has none, as a flat curve has no N-IR."""
+    values = defaultdict(list)
+    for row in (row for results in runs for row in results):
+        values[f"{row['variant']} {row['condition']}", row["metric"]].append(row["mean"])
+    models, columns = (list(dict.fromkeys(key[i] for key in values)) for i in (0, 1))
+    lines = [f"{'':<16}" + "".join(f"{name:>17}" for name in COLUMNS if name in columns)]
+    for model in models:
+        cells = [values.get((model, name), [None]) for name in COLUMNS if name in columns]
+        lines.append(f"{model:<16}" + "".join(
+            f"{'-' if None in means or len(means) < 2 else f'{statistics.mean(means):.3f} ± {statistics.stdev(means):.3f}':>17}"
+            for means in cells))
+    return lines
 
 
 def draw(results, folder):
@@ -40,17 +62,19 @@ def draw(results, folder):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("run", metavar="RUN", help="a folder that aloe/run.sh wrote")
+    parser.add_argument("runs", metavar="RUN", nargs="+", help="folders that aloe/run.sh wrote")
     parser.add_argument("--split", default="test", help="of the personas")
     args = parser.parse_args()
-    results = [row for row in read_results(f"{args.run}/results.jsonl") if row["split"] == args.split]
-    if not any(row["metric"] == "AL" for row in results):
-        fail(f"{args.run}/results.jsonl: no results on split {args.split}. aloe/evaluate.py writes them.")
-    print(*table(results), sep="\n")
+    runs = [[row for row in read_results(f"{run}/results.jsonl") if row["split"] == args.split] for run in args.runs]
+    for run, results in zip(args.runs, runs):
+        if not any(row["metric"] == "AL" for row in results):
+            fail(f"{run}/results.jsonl: no results on split {args.split}. aloe/evaluate.py writes them.")
+    print(*(table(runs[0]) if len(runs) == 1 else over_seeds(runs)), sep="\n")
     try:
-        folder = Path(args.run, "report")
-        folder.mkdir(exist_ok=True)
-        print(f"\n{folder}: pictures {', '.join(draw(results, folder))}")
+        for run, results in zip(args.runs, runs):
+            folder = Path(run, "report")
+            folder.mkdir(exist_ok=True)
+            print(f"{folder}: pictures {', '.join(draw(results, folder))}")
     except ModuleNotFoundError as error:
         print(f"\nNo pictures: {error}. `pip install -r requirements-report.txt` brings matplotlib.")
 

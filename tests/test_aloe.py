@@ -590,5 +590,8 @@ def test_the_curve_that_is_drawn(tmp_path):
     done = subprocess.run([sys.executable, ROOT / "aloe/report.py", tmp_path], capture_output=True, text=True)
     assert done.returncode == 0 and "2.00  4.00" in done.stdout, done.stderr
     assert {path.name for path in (tmp_path / "report").iterdir()} == {f"al-T{t}.{kind}" for t in "01" for kind in ("png", "svg")}
+    other = [{**row, "mean": None if row["metric"] == "R2" else row["mean"] + 1} for row in rows]
+    lines = report.over_seeds([rows, other])
+    assert lines[0].split() == ["AL", "IR", "N-IR", "R2"] and lines[1].split() == "base T=0 3.500 ± 0.707 3.500 ± 0.707 3.500 ± 0.707 -".split()
     done = subprocess.run([sys.executable, ROOT / "aloe/report.py", tmp_path, "--split", "dev"], capture_output=True, text=True)
     assert done.returncode == 2 and len(done.stderr.splitlines()) == 1 and "no results on split dev" in done.stderr
