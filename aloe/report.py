@@ -24,6 +24,7 @@ def curves(results, condition):
             if row["metric"] == "AL" and row["condition"] == condition}
 
 
+PAPER = ("base", "sft", "sft_dpo", "rejected")                  # table 1's rows; all others are controls
 COLUMNS = ("AL", "IR", "N-IR", "R2", "fitting_manners", "used_facts", "invented_facts")
 
 
@@ -48,11 +49,15 @@ def draw(results, folder):
     from pictures import STYLES, pyplot
     names = []
     for condition in dict.fromkeys(row["condition"] for row in results if row["metric"] == "AL"):
-        figure, axes = pyplot.subplots(figsize=(5.5, 4.5), layout="constrained")
-        for (model, al), (colour, marker, dash) in zip(curves(results, condition).items(), 3 * STYLES):
-            axes.plot(range(1, len(al) + 1), al, color=colour, marker=marker, linestyle=dash, markersize=4, label=model)
-        axes.set(xlabel="round k", ylabel="AL(k)", ylim=(1, 5), title=f"Alignment with the user ({condition})")
-        axes.legend(frameon=False, fontsize=9, loc="upper center", bbox_to_anchor=(0.5, -0.14), ncols=4)
+        lines = curves(results, condition)
+        panels = [{model: lines[model] for model in lines if (model in PAPER) == own} for own in (True, False)]
+        panels = {title: panel for title, panel in zip(("Alignment with the user", "Controls"), panels) if panel}
+        figure, axes = pyplot.subplots(len(panels), figsize=(5.5, 4.5 * len(panels)), squeeze=False, layout="constrained")
+        for ax, (title, panel) in zip(axes[:, 0], panels.items()):
+            for (model, al), (colour, marker, dash) in zip(panel.items(), 3 * STYLES):
+                ax.plot(range(1, len(al) + 1), al, color=colour, marker=marker, linestyle=dash, markersize=4, label=model)
+            ax.set(xlabel="round k", ylabel="AL(k)", ylim=(1, 5), title=f"{title} ({condition})")
+            ax.legend(frameon=False, fontsize=9, loc="upper center", bbox_to_anchor=(0.5, -0.14), ncols=4)
         names.append(f"al-{condition.replace('=', '')}")
         figure.savefig(folder / f"{names[-1]}.png", dpi=150)
         figure.savefig(folder / f"{names[-1]}.svg", metadata={"Date": None})
