@@ -31,15 +31,15 @@ DATA = Path(__file__).parent / "data"
 # ---------------------------------------------------------------- the rows of all evaluations
 
 def read_evaluations(folder, split, tasks, personas):
-    """Every evaluation of the split under a run's folder, Q_BASE's first, then main's, with the user of training first:
+    """Every evaluation of the split under a run's folder, Q_BASE's first, then main's, the user of training before others:
 
     talks      {(task, persona, sample): conversation}      responses  {pair: row}
     log_probs  {condition: {(task, persona, sample): nats}} verdicts   {pair: its rows, one for each order}
     base       Q_BASE's evaluation with the same user       settings, name, variant, t, user
     """
-    settings = {path.parent: read_settings(str(path).removesuffix(".settings.json"))
-                for path in sorted(Path(folder).rglob("*.settings.json"))}
-    settings = {path: s for path, s in settings.items() if s.get("split") == split and "iteration" in s}
+    there = [(path.parent, read_settings(str(path).removesuffix(".settings.json")))
+             for path in sorted(Path(folder).rglob("*.settings.json"))]
+    settings = {path: s for path, s in there if s.get("split") == split and "iteration" in s}
     names = {s["conversations"].split(" (")[0] for s in settings.values()}
     files = {fingerprint(str(path)): path for path in sorted(Path(folder).rglob("*.jsonl")) if path.name in names}
     found = []
@@ -233,11 +233,11 @@ def simulated_users(evaluations, personas):
 
     The conversations. tau2-bench counts such faults of its simulator among the failures of agents."""
     known = {i: set(ngrams([row["persona"]], 3)) for i, row in personas.items()}
-    advice, self = (r"you (should|could|might want to|can try)|i('d| would)? (recommend|suggest)|as an ai",
+    advice, first = (r"you (should|could|might want to|can try)|i('d| would)? (recommend|suggest)|as an ai",
                     "i|me|my|mine|we|us|our|i'm|i've|i'd|i'll")
     rules = {"asks back": lambda i, text: "?" in text,
              "advises": lambda i, text: bool(re.search(rf"\b({advice})\b", " ".join(words_of(text)))),
-             "not in the first person": lambda i, text: not set(self.split("|")) & set(words_of(text)),
+             "not in the first person": lambda i, text: not set(first.split("|")) & set(words_of(text)),
              "persona told": lambda i, text: len(known[i] & set(ngrams([text], 3))) / max(1, len(known[i]))}
     for e in talked(evaluations):
         told = [(key, turn["content"]) for key, talk in e.talks.items() for turn in talk[1::2]]
@@ -255,7 +255,7 @@ def gain_a_turn(evaluations):
     for e in evaluations:
         cut = {int(c.variant.split("-after-")[1]): golds(c) for c in evaluations if (c.t, c.user) == (e.t, e.user)
                and re.fullmatch(rf"{re.escape(e.variant)}-after-\d+", c.variant)}
-        steps = {0: golds(e.base, "negative_control"), **cut, max(map(len, e.talks.values())) // 2: golds(e)}
+        steps = {0: golds(e.base, "negative_control"), **cut, max(map(len, e.talks.values()), default=0) // 2: golds(e)}
         pairs = [pair for pair in golds(e) if all(pair in step for step in steps.values())]
         if cut:
             yield {"model": e.name, "user": e.user, "n": str(len(pairs)),
