@@ -31,7 +31,7 @@ DATA = Path(__file__).parent / "data"
 # ---------------------------------------------------------------- the rows of all evaluations
 
 def read_evaluations(folder, split, tasks, personas):
-    """Every evaluation of the split under a run's folder, Q_BASE's first, then main's, the user of training before others:
+    """Every evaluation of the split under a run's folder: Q_BASE's, then main's, the user of training before others:
 
     talks      {(task, persona, sample): conversation}      responses  {pair: row}
     log_probs  {condition: {(task, persona, sample): nats}} verdicts   {pair: its rows, one for each order}
