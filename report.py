@@ -60,6 +60,7 @@ def read_evaluations(folder, split, tasks, personas):
         for row in rows["log_probs"]:
             if row.get("log_prob") is not None:
                 e.log_probs[row["condition"]][key_of(row)] = row["log_prob"]
+        e.golds = {condition: of_pairs(nats) for condition, nats in e.log_probs.items()}
         for row in rows["verdicts"]:
             e.verdicts.setdefault(pair_of(row), []).append(row)
         found.append(e)
@@ -67,7 +68,7 @@ def read_evaluations(folder, split, tasks, personas):
         fail(f"{folder}: no evaluation of split {split} is there. evaluate.py writes them.")
     user = settings[min(settings, key=lambda path: (settings[path]["iteration"], len(path.parts)))]["roleplayer"]
     found.sort(key=lambda e: (e.t > 0, e.user != user, e.user, e.variant != "main", e.variant, e.t))
-    nobody = SimpleNamespace(log_probs=defaultdict(dict), responses={})             # Q_BASE has not met this user
+    nobody = SimpleNamespace(golds={}, responses={})         # Q_BASE has not met this user
     for e in found:
         e.base = next((other for other in found if other.t == 0 and other.user == e.user), nobody)
     return found
@@ -75,7 +76,7 @@ def read_evaluations(folder, split, tasks, personas):
 
 def golds(e, condition="q_experimental"):
     """{pair: log p_QBASE(gold) in nats}"""
-    return of_pairs(e.log_probs[condition])
+    return e.golds.get(condition, {})
 
 
 def alone(e):
@@ -308,8 +309,8 @@ def main():
             and "-after-" not in row["variant"]]                # shortened conversations have a table of their own
     if not rows:
         fail(f"{args.run}/results.jsonl: no results on split {args.split}. evaluate.py writes them.")
-    for means in tables(rows):
-        print(*as_text(means), sep="\n")
+    means = list(tables(rows))
+    print(*(line for one in means for line in as_text(one)), sep="\n")
     tasks = read_tasks(args.tasks or next(filter(Path.exists, (Path(args.run, "tasks.jsonl"), DATA / "tasks.jsonl"))))
     personas = read_personas(args.personas or f"{args.run}/personas.jsonl")
     gold = read_gold(args.gold or f"{args.run}/gold-{args.split}.jsonl")
@@ -331,12 +332,12 @@ def main():
             "variants": list(dict.fromkeys(e.variant for e in whole)),
             "svg": {name: base64.b64encode((folder / f"{name}.svg").read_bytes()).decode() for name in pictures},
             "notes": Path(args.notes).read_text(encoding="utf-8") if args.notes else "",
-            "tables": [as_table(summary, whole), *tables(rows),
+            "tables": [as_table(summary, whole), *means,
                        *(as_table(each, whole) for each in (differences, win_rates, answers, judges, questions)),
                        as_table(gain_a_turn, evaluations), as_table(simulated_users, whole, personas)],
             "examples": [(e, {why: (tasks[pair[0]]["task"], personas[pair[1]]["persona"], gold[pair],
                                     [side(of, pair) for of in (e.base, e)], e.verdicts.get(pair, []))
-                              for why, pair in examples(e).items()}) for e in whole if e.t and examples(e)]}
+                              for why, pair in chosen.items()}) for e in whole if e.t and (chosen := examples(e))]}
     for name in ("index.html", "report.md"):
         templates = jinja2.Environment(loader=jinja2.FileSystemLoader(DATA), trim_blocks=True,
                                        lstrip_blocks=True, undefined=jinja2.StrictUndefined, autoescape="html" in name)
