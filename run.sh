@@ -38,7 +38,7 @@ RUN=${RUN%/} RUN=${RUN#./}                       # as the stages write their --o
 SEED=${SEED:-42} SPLIT=${SPLIT:-test} EXTRA=${EXTRA:-"{}"}
 K=3                                              # the most questions in a conversation: simulate.py's --max-turns
 [[ ! $SIMULATE_FLAGS =~ --max-turns[\ =]([0-9]+) ]] || K=${BASH_REMATCH[1]}
-MODEL=() ANSWER=() TALK=() SCORE=() LEARN=() MODELS='' toy='' ask=''   # what a mode adds to the stages' flags
+MODEL=() ANSWER=() TALK=() SCORE=() LEARN=() measured='' toy='' ask=''   # what a mode adds to the stages' flags
 
 refuse() {
     echo "run.sh: $*" >&2
@@ -97,7 +97,7 @@ small | paper | benchmark)
         LEARN=(--dtype float32 --batch-size 8 --micro-batch-size 2 --epochs 2)
     elif [ "$MODE" = benchmark ]; then
         [ -n "$2" ] || refuse "benchmark: name the model, such as bash run.sh benchmark Qwen/Qwen3-8B"
-        MODELS=$2 VARIANTS='' TEST_SAMPLES=${TEST_SAMPLES:-10} PERSONA_SPLITS=${PERSONA_SPLITS:-$SPLIT=10}
+        measured=$2 VARIANTS='' TEST_SAMPLES=${TEST_SAMPLES:-10} PERSONA_SPLITS=${PERSONA_SPLITS:-$SPLIT=10}
         BASE=${BASE:-mistralai/Mistral-7B-Instruct-v0.2}
     else                                        # the published run's settings are the stages' defaults
         VARIANTS=${VARIANTS:-main base_answers no_reg gold} ITERATIONS=${ITERATIONS:-3} TEST_SAMPLES=${TEST_SAMPLES:-10}
@@ -247,28 +247,22 @@ everything() {
     [ -n "$PERSONAS" ] || stage personas $LAUNCH generate_personas.py --model "$WRITER" --extra "$EXTRA" --seed "$SEED" \
         --splits "$PERSONA_SPLITS" ${EXAMPLES:+--examples "$EXAMPLES"} --output "$personas" $SERVER_FLAGS $PERSONA_FLAGS
     # The evaluated split's have a file of their own: another SPLIT changes nothing that was made from the others.
-    [ -n "$GOLD$MODELS" ] || "${ORACLES[@]}" --split A B --output "$gold" $GOLD_FLAGS
+    [ -n "$GOLD$measured" ] || "${ORACLES[@]}" --split A B --output "$gold" $GOLD_FLAGS
     [ -n "$GOLD$TEST_GOLD" ] || "${ORACLES[@]}" --split "$SPLIT" --output "$test_gold" $GOLD_FLAGS
 
     what="Q_BASE on $SPLIT"
     test_talk "$BASE" "$ROLEPLAYER" "$RUN/base"
     evaluate main 0 "$BASE" "$RUN/base" "$RUN/base"
 
-    for model in $MODELS; do                    # of `benchmark`
-        name=${model#openai:} name=${name%@http*} name=${name%/}
-        what=$name
-        test_talk "$model" "$ROLEPLAYER" "$RUN/models/${name//\//-}/1"
-        evaluate "$name" 1 "$model" "$RUN/models/${name//\//-}/1" "$RUN/models/${name//\//-}/1" "${JUDGED[@]}" "$RUN/base/$SPLIT"
-    done
+    if [ -n "$measured" ]; then                 # the model of `benchmark`
+        name=${measured#openai:} name=${name%@http*} name=${name%/}
+        what=$name there=$RUN/models/${name//\//-}/1
+        test_talk "$measured" "$ROLEPLAYER" "$there"
+        evaluate "$name" 1 "$measured" "$there" "$there" "${JUDGED[@]}" "$RUN/base/$SPLIT"
+    fi
 
     for variant in $VARIANTS; do
         case $variant in
-        base_questions)                         # Q_t answers on Q_BASE's conversations: what the answers alone gain
-            for ((t = 1; t <= ITERATIONS; t++)); do
-                what="base_questions t=$t"
-                evaluate base_questions "$t" "$RUN/main/$t/model" "$RUN/base" "$RUN/base_questions/$t" --metrics win_rate \
-                    "${JUDGED[@]}" "$RUN/base/$SPLIT"
-            done ;;
         hidden)                                 # the released code's prompt: before training, and trained into the weights
             what="base_hidden t=1"
             evaluate base_hidden 1 "$BASE" "$RUN/base" "$RUN/base_hidden/1" --metrics win_rate \
@@ -284,10 +278,11 @@ everything() {
                     evaluate "main-after-$k" "$t" "$model" "$cut" "$cut" --metrics log_prob "${against[@]}"
                 done
             done ;;
-        base_answers)                           # Q_BASE answers on Q_t's conversations: what the questions alone gain
+        base_answers | base_questions)          # one of the two is Q_BASE's: what questions, what answers alone gain
             for ((t = 1; t <= ITERATIONS; t++)); do
-                what="base_answers t=$t"
-                evaluate base_answers "$t" "$BASE" "$RUN/main/$t" "$RUN/base_answers/$t" --metrics win_rate \
+                what="$variant t=$t" talk=$RUN/main/$t answers=$BASE
+                [ "$variant" = base_answers ] || talk=$RUN/base answers=$RUN/main/$t/model
+                evaluate "$variant" "$t" "$answers" "$talk" "$RUN/$variant/$t" --metrics win_rate \
                     "${JUDGED[@]}" "$RUN/base/$SPLIT"
             done ;;
         other_user)                             # at test time somebody answers with whom nobody has trained
@@ -350,13 +345,6 @@ if [ "$TASKS" = "$notes/tasks.jsonl" ]; then
     TASKS=$RUN/tasks.jsonl
     cp "$notes/tasks.jsonl" "$TASKS"
 fi
-if [ -n "$toy" ]; then
-    rm -f "$RUN/server.url"
-    python toy/server.py --port 0 --port-file "$RUN/server.url" --end-with-parent ${FAULTS:+--faults "$FAULTS"} \
-        7>&- 8>&- 9>&- &
-    server=$!
-    until [ -s "$RUN/server.url" ]; do kill -0 $server; sleep 0.1; done
-    embedded_world "$(cat "$RUN/server.url")"
-fi
+[ -z "$toy" ] || start_world toy/server.py
 planning='' total=$n n=0
 everything

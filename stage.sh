@@ -80,6 +80,16 @@ stage() {
     done
 }
 
+# start_world PROGRAM: the embedded world's server, which ends with run.sh, plays everybody but the model.
+start_world() {
+    rm -f "$RUN/server.url"
+    python "$1" --port 0 --port-file "$RUN/server.url" --end-with-parent ${FAULTS:+--faults "$FAULTS"} \
+        7>&- 8>&- 9>&- &
+    server=$!
+    until [ -s "$RUN/server.url" ]; do kill -0 $server; sleep 0.1; done
+    embedded_world "$(cat "$RUN/server.url")"
+}
+
 # serve MODEL FILE: sets `served` to the string by which stages name a Questioner. With SERVE that is a server of the
 # model's folder, started in the place of the one before unless FILE, for which it is needed, is there. The server's name
 # for the model is the folder, so that settings record what lies in it.

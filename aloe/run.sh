@@ -165,13 +165,6 @@ if [ -n "$DRY_RUN" ]; then
 fi
 mkdir -p "$RUN"
 take_run
-if [ -n "$toy" ]; then
-    rm -f "$RUN/server.url"
-    python aloe/toy/server.py --port 0 --port-file "$RUN/server.url" --end-with-parent ${FAULTS:+--faults "$FAULTS"} \
-        7>&- 8>&- 9>&- &
-    server=$!
-    until [ -s "$RUN/server.url" ]; do kill -0 $server; sleep 0.1; done
-    embedded_world "$(cat "$RUN/server.url")"
-fi
+[ -z "$toy" ] || start_world aloe/toy/server.py
 planning='' total=$n n=0
 everything
