@@ -237,7 +237,7 @@ def test_server_process_starts_says_where_and_stops_at_once(tmp_path):
     with urllib.request.urlopen(address.replace("/v1", "/health")) as answer:
         assert answer.status == 200
     process.terminate()
-    _, errors = process.communicate(timeout=5)
+    _, errors = process.communicate(timeout=30)
     assert process.returncode == 0 and errors == ""
 
 

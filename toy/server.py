@@ -269,7 +269,8 @@ def parse_args(manual):
 
 def main(manual=__doc__, server_class=Server):
     args = parse_args(manual)
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # SIGTERM ends it as Ctrl-C does
+    for ending in (signal.SIGINT, signal.SIGTERM):              # at once, even in the middle of a request
+        signal.signal(ending, lambda *_: os._exit(0))
     server = server_class(("127.0.0.1", args.port), Handler)
     server.faults, server.stall, server.delay = Faults(args.faults, args.fault_seed), args.stall, args.delay
     url = f"http://127.0.0.1:{server.server_port}/v1"
@@ -278,11 +279,8 @@ def main(manual=__doc__, server_class=Server):
         os.replace(args.port_file + ".new", args.port_file)
     if args.end_with_parent:
         threading.Thread(target=end_with, args=(os.getppid(),), daemon=True).start()
-    try:
-        print(f"serving on {url}", flush=True)
-        server.serve_forever()
-    except KeyboardInterrupt:
-        pass
+    print(f"serving on {url}", flush=True)
+    server.serve_forever()
 
 
 if __name__ == "__main__":
