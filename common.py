@@ -1,10 +1,11 @@
-"""Plumbing that the six stages share: rows on disk, chats as token ids, and the two kinds of model. No algorithm.
+"""Plumbing that the six stages share: rows on disk, chats as token ids, and the models. No algorithm.
 
     rows      read_tasks, read_personas, read_gold, read_conversations, all_pairs, Rows
     chats     response_form, prompt_ids, training_examples, scored_ids
     models    "mistralai/Mistral-7B-Instruct-v0.2"     a folder or hub name: Hugging Face, on this machine
               "openai:gpt-5@https://my.server/v1"      any OpenAI-compatible server ("@URL" is optional)
-    stages    answer_all asks either kind of model, score_all asks Q_BASE for log-probabilities
+              "human"                                  you, at the terminal
+    stages    answer_all asks a model, save_blocks saves conversations, score_all asks Q_BASE for log-probabilities
 
 torch and transformers are imported where they are needed, so that --help and bad input answer at once.
 """
@@ -105,6 +106,14 @@ def read_prompt(name):
     return (Path(__file__).parent / f"prompts/{name}.txt").read_text(encoding="utf-8").removesuffix("\n")
 
 
+def read_text(path):
+    """A file's text, without blanks around it."""
+    try:
+        return Path(path).read_text(encoding="utf-8-sig").strip()
+    except UnicodeDecodeError as error:
+        fail(f"{path}: {error}. Save it as UTF-8.")
+
+
 def read_tasks(path):
     """{task_id: row} with `task_id`, `split`, `task`."""
     return {row["task_id"]: row for row in read_rows(path, {"task_id": str}, {"split": str, "task": str})}
@@ -159,6 +168,8 @@ NEUTRAL = {"output", "results", "limit", "metrics", "batch_size", "concurrency",
 def fingerprint(value):
     """A flag's value as a setting. A file or model folder: its name and a hash of its content, so that a model that was
     trained anew is another one. A served model: without its URL; if it is named by a folder, that folder's content."""
+    if isinstance(value, list):
+        return [fingerprint(part) for part in value] if len(value) > 1 else fingerprint(*value)
     if isinstance(value, str) and value.startswith("openai:"):
         return "openai:" + fingerprint(served_model(value)[0])
     if not isinstance(value, str) or not Path(value).exists():
@@ -173,7 +184,7 @@ def fingerprint(value):
 
 def settings_of(args, **more):
     """{name: value} of all that decides a stage's rows: its flags, its source, and `more`, such as prompts."""
-    flags = {name: value if name in ("split", "variant") else fingerprint(value)             # these name no file
+    flags = {name: value if name in ("split", "variant", "task") else fingerprint(value)     # these name no file
              for name, value in vars(args).items() if name not in NEUTRAL}
     return json.loads(json.dumps({"source": [fingerprint(sys.argv[0]), fingerprint(__file__)], **flags, **more}))
 
@@ -426,7 +437,10 @@ def start_processes():
 
 
 def open_model(spec, args, processes):
-    """A model by its string: "openai:MODEL", "openai:MODEL@URL", a local folder or a hub name."""
+    """A model by its string: "openai:MODEL", "openai:MODEL@URL", "human", a local folder or a hub name."""
+    if spec == "human":
+        from human import Human
+        return Human(processes)
     return ServerModel(spec, args) if spec.startswith("openai:") else LocalModel(spec, args, processes.device)
 
 
@@ -695,8 +709,8 @@ def answer_all(rows, requests, spec, sampling, what, fields):
 
 def score_all(rows, keys, chat_of, spec):
     """Saves `log_prob` (nats; None if not finite) and `tokens` of the last turn of chat_of(key), for keys not there."""
-    if spec.startswith("openai:"):
-        fail(f"--base {spec}: a server gives no log-probabilities of a gold response. Give a folder or a hub name.")
+    if spec == "human" or spec.startswith("openai:"):
+        fail(f"--base {spec}: gives no log-probabilities of a gold response. Give a folder or a hub name.")
     scores = ()
     if not all(key in rows for key in keys):
         model = open_model(spec, rows.args, rows.processes)
@@ -706,19 +720,41 @@ def score_all(rows, keys, chat_of, spec):
                           for key, p in scores), "gold log-probabilities")
 
 
+def save_blocks(rows, keys, blocks, work, what):
+    """Saves what work(block), a list of (key, fields), has for each block. Two blocks are under way: while a server
+    answers one, the other asks. A person answers one after the other, in this thread, where Ctrl-C is heard."""
+    pool, blocks = ThreadPoolExecutor(2), blocks[rows.share]
+    done = map(work, blocks) if has_human(rows.args) else (
+        block.result() for block in as_completed([pool.submit(work, block) for block in blocks]))
+    try:
+        save_all(rows, keys, (row for block in done for row in block), what)
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
+
+
 def save_all(rows, keys, results, what):
     """Saves results, (key, fields of the row), as they come, under a progress bar."""
-    left = len([key for key in keys if key not in rows][rows.share])
-    for key, fields in tqdm(results, what, left, unit="", disable=not rows.processes.is_main_process):
+    left, no_bar = len([key for key in keys if key not in rows][rows.share]), has_human(rows.args)
+    for key, fields in tqdm(results, what, left, unit="", disable=no_bar or not rows.processes.is_main_process):
         if key not in rows:                                     # it may be there: its batch was half done
             rows.add({**dict(zip(rows.key, key)), **fields})
     rows.finish()
+
+
+def has_human(args):
+    """Whether a person plays a role: then no bar stands in the way, and one question comes after the other."""
+    models = [vars(args).get(role) for role in ("questioner", "model", "oracle", "judge", "inducer")]
+    users = vars(args).get("roleplayer")                        # models; of evaluate.py a label
+    return "human" in models or isinstance(users, list) and "human" in users
 
 
 def announce(rows, *asked):
     """Says before the first paid call how many there will be, and what they may cost; --dry-run ends here. asked:
     (model, prompts, max_tokens). Four characters are taken for a token, which is about right for English."""
     for spec, chats, max_tokens in asked:
+        if chats and spec == "human":
+            say(rows.processes, f"human: {len(chats):,} answers; an empty line ends one, Ctrl-D the stage, which keeps "
+                                "what is finished")
         if chats and spec.startswith("openai:"):
             tokens = (sum(len(message["content"]) for chat in chats for message in chat) // 4,
                       len(chats) * int(rows.args.extra.get("max_completion_tokens") or max_tokens))

@@ -28,9 +28,10 @@ from collections import Counter, defaultdict
 
 from common import (PAIR, Request, Rows, SAMPLE, add_data_flags, add_model_flags, amount, announce, answer_all, fail,
                     fingerprint, key_of, natural, nucleus, number, pair_of, read_conversations, read_gold,
-                    read_personas, read_prompt, read_rows, read_settings, read_tasks, response_form, run, sample_pairs,
-                    say, score_all, seed_for, settings_of, stage_parser, start_processes)
+                    read_personas, read_prompt, read_rows, read_settings, read_tasks, read_text, response_form, run,
+                    sample_pairs, say, score_all, seed_for, settings_of, stage_parser, start_processes)
 from results import CONDITIONS, by_pair, interval_95, mean_sem, sem_two_way, write_results
+from users import roleplayer_label
 
 JUDGE_SYSTEM_PROMPT = read_prompt("judge_system")  # figure 15
 JUDGE_PROMPT = read_prompt("judge_user")  # figure 16
@@ -136,13 +137,6 @@ def read_responses(path):
     return (row for row in read_rows(path, SAMPLE, {"turns": int, "response": str}) if "refused" not in row)
 
 
-def roleplayer_label(conversations, given):
-    """Who played the user in a file of conversations: the name given, or its settings', without a folder's content."""
-    name = given or read_settings(conversations).get("roleplayer") or fail(
-        f"--roleplayer: {conversations}.settings.json is not there to say who played the user. Give a name.")
-    return re.sub(r"^openai:| \(\w{12}\)$", "", name)
-
-
 MUST_AGREE = "base tasks personas gold split roleplayer seed dtype max_tokens temperature top_p system".split()
 
 
@@ -202,7 +196,7 @@ def main():
     K = simulation.get("max_turns") or max(turns.values())
     pairs = win_pairs(turns, args.win_pairs, K, args.seed)
     keys = [judged[pair] for pair in pairs]
-    prompt = args.response_prompt and open(args.response_prompt, encoding="utf-8").read().strip()
+    prompt = args.response_prompt and read_text(args.response_prompt)
     respond = {key: Request(form(key, conversations[key], prompt=prompt), seed_for(args.seed, "respond", *key))
                for key in keys}
     orders = {pair: ORDERS if args.both_orders else [order] for pair, order in pairs.items()}

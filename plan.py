@@ -18,6 +18,7 @@ from pathlib import Path
 import common
 from common import (all_pairs, fail, fingerprint, key_of, pair_of, read_gold, read_personas, read_rows, read_settings,
                     read_tasks, response_form, run, served_model, unfinished)
+from users import read_users, user_of
 
 # Flags that are settings of this stage alone, and flags that are no settings of it (its Rows say so).
 SETTINGS = {"train": {"limit", "batch_size"}}
@@ -146,7 +147,8 @@ class Plan:
             if not os.path.exists(f"{file}.settings.json"):     # somebody's own: not to be taken over, nor removed
                 fail(f"{file}: not written by {stage}.py. Move it away, or give another RUN.")
         left, files = getattr(self, stage)(args), files_of(stage, args)
-        inputs = [path for path in map(path_in, vars(args).values()) if isinstance(path, str) and path != args.output]
+        values = [v for value in vars(args).values() for v in (value if isinstance(value, list) else [value])]
+        inputs = [path for path in map(path_in, values) if isinstance(path, str) and path != args.output]
         bad = [path for path in inputs if self.state.get(path, "done") != "done"]
         there = any(map(begun, files))
         differ = there and not bad and differences(stage, args)
@@ -160,9 +162,12 @@ class Plan:
                                        else "is not finished")
         self.work.update(outputs=1, done=self.state[args.output] == "done")
         for name in ("base", "questioner", "model", "oracle", "roleplayer", "judge"):
-            spec = getattr(args, name, None) or "openai:"
-            if self.state[args.output] != "done" and spec not in self.state and not spec.startswith("openai:"):
-                self.here[spec] = name
+            given = getattr(args, name, None) or []
+            for spec in given if isinstance(given, list) else [given]:
+                if spec == "human":
+                    fail(f"--{name} human: the stages of run.sh have no terminal. Run {stage}.py by itself.")
+                if self.state[args.output] != "done" and spec not in self.state and not spec.startswith("openai:"):
+                    self.here[spec] = name
 
     # What a stage leaves to do. It returns the number of rows (or models) that are not there.
 
@@ -186,14 +191,18 @@ class Plan:
     def simulate(self, args):
         pairs, there = self.pairs(args, args.split), {key_of(row) for row in rows_of(args.output)}
         self.talks[args.output] = pairs, args.samples
-        left = sum((*pair, sample) not in there for pair in pairs for sample in range(args.samples))
-        self.work["conversations"] += left
-        turns, stage = left * (args.max_turns + 1) // 2, load_stage("simulate")       # lengths are uniform on 1..K
-        self.ask("Questioner", args.questioner, args, turns, stage.questioner_chat("June", TASK, TALK), "question",
-                 args.max_tokens)
-        self.ask("Roleplayer", args.roleplayer, args, turns, stage.roleplayer_chat(TEXT["persona"], TASK, TALK), "answer",
-                 args.max_tokens)
-        return left
+        stage = load_stage("simulate")
+        users, turns = read_users(args, stage.ROLEPLAYER_PROMPT), Counter()
+        left = [pair for pair in pairs for sample in range(args.samples) if (*pair, sample) not in there]
+        for pair in left:
+            turns[user_of(users, args.seed, *pair)] += args.max_turns + 1          # twice the mean of lengths 1..K
+        self.work["conversations"] += len(left)
+        self.ask("Questioner", args.questioner, args, turns.total() // 2, stage.questioner_chat("June", TASK, TALK),
+                 "question", args.max_tokens)
+        for user in turns:
+            self.ask("Roleplayer", user.model, args, turns[user] // 2,
+                     stage.roleplayer_chat(TEXT["persona"], TASK, TALK, user.prompt), "answer", args.max_tokens)
+        return len(left)
 
     def select(self, args):
         pairs, samples = self.talked(args)

@@ -7,9 +7,8 @@
             RUN/report/report.md        the same as text
             RUN/report/NAME.png, .svg   the pictures, if matplotlib is there (requirements-report.txt)
 
-Evaluations are found by the settings that evaluate.py leaves beside its rows, wherever in RUN they lie. Each table is a
-function; its docstring stands on the page: the title, what is measured, the source. Means and shares are over (task,
-persona) pairs, with 95 % intervals that are clustered by task and by persona (results.py).
+Evaluations are found by the settings that evaluate.py leaves beside its rows. Each table is a function; its docstring
+stands on the page. Means and shares are over (task, persona) pairs, with 95 % intervals clustered by both (results.py).
 """
 import argparse
 import base64
@@ -31,7 +30,7 @@ DATA = Path(__file__).parent / "data"
 # ---------------------------------------------------------------- the rows of all evaluations
 
 def read_evaluations(folder, split, tasks, personas):
-    """Every evaluation of the split under a run's folder: Q_BASE's, then main's, the user of training before others:
+    """Every evaluation of the split under a run's folder: Q_BASE's, then main's, the first user before others:
 
     talks      {(task, persona, sample): conversation}      responses  {pair: row}
     log_probs  {condition: {(task, persona, sample): nats}} verdicts   {pair: its rows, one for each order}
@@ -56,6 +55,7 @@ def read_evaluations(folder, split, tasks, personas):
         e.name = f"{e.variant}, t={e.t}" if e.t or e.variant != "main" else "Q_BASE"
         talks = read_conversations(files[s["conversations"]], tasks, personas)
         e.talks = {key_of(row): row["conversation"] for row in talks if "refused" not in row}
+        e.users = {pair_of(row): row.get("roleplayer", e.user) for row in talks}
         e.responses = {pair_of(row): row for row in rows["responses"] if "refused" not in row}
         for row in rows["log_probs"]:
             if row.get("log_prob") is not None:
@@ -97,22 +97,24 @@ def summary(evaluations):
 
     log p(gold): nats under Q_BASE after the model's conversation (Q-Experimental). For this user alone: Q-Experimental
     minus Q-Random, the same gold after another user's conversation: how much it matters whom the model asked. A part of
-    it is the harm that a stranger's answers do. Gain: the paired difference to Q_BASE's log p(gold). Win rate: wins +
-    half the ties. n: pairs with golds, with readable verdicts; rows that were refused or unreadable.
+    it is the harm that a stranger's answers do. Gain: the paired difference to Q_BASE's log p(gold). n: pairs with a
+    gold, with a verdict; rows refused or unreadable. Where several users answered, the pairs of each follow.
 
     log_probs.jsonl, verdicts.jsonl; section 4 of the paper."""
     for e in evaluations:
-        yield {"model": e.name, "user": e.user, "log p(gold)": mean(golds(e)),
-               "for this user alone": mean(alone(e)),
-               "gain": mean(minus(golds(e), golds(e.base))) if e.t else "",
-               "win rate": mean(points(e), share=True) if e.t else "",
-               "n": f"{len(golds(e))}, {len(points(e))}; {e.refused}"}
+        users = sorted(set(e.users.values()))
+        for user in [None, *(users if len(users) > 1 else ())]:
+            nats, own, gain, won = ({pair: x for pair, x in values.items() if user in (None, e.users[pair])}
+                                    for values in (golds(e), alone(e), minus(golds(e), golds(e.base)), points(e)))
+            yield {"model": e.name, "user": user or e.user, "log p(gold)": mean(nats), "for this user alone": mean(own),
+                   "gain": mean(gain) if e.t else "", "win rate": mean(won, share=True) if e.t else "",
+                   "n": f"{len(nats)}, {len(won)}" + f"; {e.refused}" * (user is None)}
 
 
 def differences(evaluations):
     """Paired differences.
 
-    The same pairs under two models, with the user of training. Where the interval leaves out 0 there is a difference;
+    The same pairs under two models, with the first user. Where the interval leaves out 0 there is a difference;
     by chance alone 1 in 20 does. Smallest: the true difference that so many pairs would show in 8 of 10 studies, at the
     5 % level. For this user alone: Q-Experimental minus Q-Random.
 
@@ -153,8 +155,7 @@ def answers(evaluations):
     """The answers, and the win rate if both had the same length.
 
     log(p / (1 - p)) = a + b x (difference in words / its standard deviation), fitted to the verdicts, a tie as half a
-    win, b held by a ridge of .01. Length-controlled is p at difference 0: an extrapolation where nearly all answers are
-    longer, or shorter. With a question: share of the answers with a question mark.
+    win, b held by a ridge of .01. Length-controlled is p at difference 0. With a question: with a question mark.
 
     verdicts.jsonl, responses.jsonl; after Dubois et al. 2024 (AlpacaEval 2)."""
     for e in evaluations:
@@ -295,8 +296,7 @@ def parse_args():
     parser.add_argument("--gold", help="gold responses (JSONL); default: RUN/gold-SPLIT.jsonl")
     parser.add_argument("--notes", metavar="FILE", help="a text that is shown on the page")
     parser.add_argument("--published", action="store_true", help="draw the paper's values beside the run's")
-    parser.add_argument("--power", nargs=2, type=natural, metavar=("PAIRS", "PERSONAS"),
-                        help="print what a study of so many can show, and end")
+    parser.add_argument("--power", nargs=2, type=natural, metavar=("PAIRS", "PERSONAS"), help="what so many can show")
     args = parser.parse_args()
     return args if args.run or args.power else parser.error("name a run's folder, or --power PAIRS PERSONAS")
 

@@ -9,7 +9,9 @@
 #                         test split: one more line in the table of runs/benchmark
 #
 #   DRY_RUN=1    says how many calls, trainings and gigabytes that would be, and ends
-#   ORACLE=openai:MODEL  ROLEPLAYER=openai:MODEL@URL  WRITER=  JUDGE=  OTHER_ROLEPLAYER="one another"     who plays whom
+#   ORACLE=openai:MODEL  ROLEPLAYER=openai:MODEL@URL  WRITER=  JUDGE=      who plays whom. Several Roleplayers, with
+#                blanks between, share the pairs. TEST_ROLEPLAYER= answers instead in evaluations, OTHER_ROLEPLAYER=
+#                (one after the other) in `other_user`. In the embedded world these are names of toy/server.py
 #   RUN=folder   where the output goes            SEED=n            of all randomness
 #   SPLIT=dev    evaluate on another split        ITERATIONS=n      of expert iteration
 #   VARIANTS="main base_answers other_user no_reg gold random permuted base_questions hidden turns"
@@ -72,6 +74,10 @@ toy | smoke)                                    # the embedded world (toy/): its
     fi
     PERSONA_SPLITS=${PERSONA_SPLITS:-A=28,B=28,dev=8,test=8}     # 28 tasks x 8 personas = 224 pairs to evaluate on
     toy=yes
+    ROLEPLAYER=${ROLEPLAYER:-roleplayer} OTHER_ROLEPLAYER=${OTHER_ROLEPLAYER:-roleplayer-terse}
+    players=$ROLEPLAYER testers=${TEST_ROLEPLAYER:-$ROLEPLAYER} others=$OTHER_ROLEPLAYER    # the server has no address yet
+    [[ $players$testers$others != *openai:* ]] ||
+        refuse "in the embedded world a Roleplayer is a name of toy/server.py, such as roleplayer-terse"
     BASE=${BASE:-toy/base}
     LAUNCH=python LAUNCH_TRAINING=python
     MODEL=(--dtype float32)
@@ -149,10 +155,10 @@ for variant in $VARIANTS; do
         refuse "no variant $variant; there are: main base_answers other_user no_reg gold random permuted base_questions hidden turns" ;;
     esac
 done
-users=" ${ROLEPLAYER%@http*} "
-for user in $OTHER_ROLEPLAYER; do               # the tables tell users apart by name alone
+TEST_ROLEPLAYER=${TEST_ROLEPLAYER:-$ROLEPLAYER} users=' '
+for user in $TEST_ROLEPLAYER $OTHER_ROLEPLAYER; do      # the tables tell users apart by name alone
     [[ " $VARIANTS " != *" other_user "* || $users != *" ${user%@http*} "* ]] ||
-        refuse "OTHER_ROLEPLAYER: ${user%@http*} is the same model as ROLEPLAYER, or there twice"
+        refuse "OTHER_ROLEPLAYER: ${user%@http*} is the same model as ROLEPLAYER or TEST_ROLEPLAYER, or there twice"
     users+="${user%@http*} "
 done
 
@@ -173,7 +179,7 @@ fi
 # test_talk MODEL ROLEPLAYER FOLDER: Q_t's conversations on the evaluated split
 test_talk() {
     serve "$1" "$3/$SPLIT.jsonl"
-    "${SIMULATE[@]}" --questioner "$served" --roleplayer "$2" --split "$SPLIT" --samples "$TEST_SAMPLES" \
+    "${SIMULATE[@]}" --questioner "$served" --roleplayer $2 --split "$SPLIT" --samples "$TEST_SAMPLES" \
         --output "$3/$SPLIT.jsonl" $SIMULATE_FLAGS
 }
 
@@ -214,7 +220,7 @@ expert_iteration() {
 
         # Line 3: n conversations for each (task, persona) pair between Q_{t-1} and the Roleplayer.
         serve "$questioner" "$talk/conversations.jsonl"
-        "${SIMULATE[@]}" --questioner "$served" --roleplayer "$ROLEPLAYER" --split $split --samples "$SAMPLES" \
+        "${SIMULATE[@]}" --questioner "$served" --roleplayer $ROLEPLAYER --split $split --samples "$SAMPLES" \
             ${TRAIN_PAIRS:+--limit "$TRAIN_PAIRS"} --output "$talk/conversations.jsonl" $SIMULATE_FLAGS
 
         # Lines 4 and 5: keep the one that makes the gold most probable under Q_BASE; Q_{t-1} responds to it.
@@ -227,7 +233,7 @@ expert_iteration() {
         "${TRAIN[@]}" --selected "$selected/selected.jsonl" --target $target --output "$here/model" $TRAIN_FLAGS
 
         questioner=$here/model
-        test_talk "$questioner" "$ROLEPLAYER" "$here"
+        test_talk "$questioner" "$TEST_ROLEPLAYER" "$here"
         evaluate "$1" "$t" "$questioner" "$here" "$here" "${JUDGED[@]}" "$RUN/base/$SPLIT"
     done                                        # line 7
 }
@@ -251,13 +257,13 @@ everything() {
     [ -n "$GOLD$TEST_GOLD" ] || "${ORACLES[@]}" --split "$SPLIT" --output "$test_gold" $GOLD_FLAGS
 
     what="Q_BASE on $SPLIT"
-    test_talk "$BASE" "$ROLEPLAYER" "$RUN/base"
+    test_talk "$BASE" "$TEST_ROLEPLAYER" "$RUN/base"
     evaluate main 0 "$BASE" "$RUN/base" "$RUN/base"
 
     if [ -n "$measured" ]; then                 # the model of `benchmark`
         name=${measured#openai:} name=${name%@http*} name=${name%/}
         what=$name there=$RUN/models/${name//\//-}/1
-        test_talk "$measured" "$ROLEPLAYER" "$there"
+        test_talk "$measured" "$TEST_ROLEPLAYER" "$there"
         evaluate "$name" 1 "$measured" "$there" "$there" "${JUDGED[@]}" "$RUN/base/$SPLIT"
     fi
 
@@ -313,7 +319,8 @@ everything() {
 
 embedded_world() {                              # URL: its server plays everybody but the Questioner
     WRITER=openai:persona-writer@$1 ORACLE=openai:oracle@$1 JUDGE=openai:judge@$1
-    ROLEPLAYER=openai:roleplayer@$1 OTHER_ROLEPLAYER=openai:roleplayer-terse@$1
+    ROLEPLAYER=$(printf "openai:%s@$1 " $players) OTHER_ROLEPLAYER=$(printf "openai:%s@$1 " $others)
+    TEST_ROLEPLAYER=$(printf "openai:%s@$1 " $testers)
 }
 
 personas=${PERSONAS:-$RUN/personas.jsonl}

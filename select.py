@@ -34,7 +34,7 @@ else:
     from collections import defaultdict
 
     from common import (Request, Rows, SAMPLE, add_data_flags, add_model_flags, announce, answer_all, fail, key_of,
-                        lines_of, natural, pair_of, read_conversations, read_gold, read_personas, read_tasks,
+                        lines_of, natural, pair_of, read_conversations, read_gold, read_personas, read_tasks, read_text,
                         response_form, run, sample_pairs, save_all, say, score_all, seed_for, stage_parser,
                         start_processes)
 
@@ -89,7 +89,7 @@ def main():
     scores = Rows(args, args.output.removesuffix(".jsonl") + ".scores.jsonl", SAMPLE, processes)
     output = Rows(args, args.output, SAMPLE, processes)
     # Training leaves it out, so that part of the gain is this prompt, distilled.
-    prompt = args.response_prompt and open(args.response_prompt, encoding="utf-8").read().strip()
+    prompt = args.response_prompt and read_text(args.response_prompt)
 
     def form(row):
         return personas[row["persona_id"]]["name"], tasks[row["task_id"]]["task"], row["conversation"]

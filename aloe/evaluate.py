@@ -31,12 +31,13 @@ from pathlib import Path
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # first: there, too, is an evaluate.py
-from aloe.simulate import (ROLEPLAY_PROMPT, TEXT, read_people, roleplayer_chat, talk, talk_parser,  # noqa: E402
+from aloe.simulate import (ROLEPLAY_PROMPT, TEXT, read_people, talk, talk_parser, user_speaker,  # noqa: E402
                            walked)
 from common import (Request, Rows, answer_all, fail, fingerprint, lines_of, natural, read_prompt, run,  # noqa: E402
                     say, seed_for, start_processes)
 from evaluate import roleplayer_label  # noqa: E402
 from results import mean_sem, read_results, write_results  # noqa: E402
+from users import read_users, users_setting  # noqa: E402
 
 JUDGE_PROMPT = read_prompt("aloe_judge")
 
@@ -101,7 +102,8 @@ def main():
     parser.add_argument("--variant", required=True, help="the model's name in the table: base, sft, rejected, sft_dpo")
     args = parser.parse_args()
     people, processes = read_people(args.personas, args.split, args.limit, args.seed), start_processes()
-    settings = {"prompts": [ROLEPLAY_PROMPT, JUDGE_PROMPT], "variant": None}
+    users = read_users(args, ROLEPLAY_PROMPT)
+    settings = {"prompts": [ROLEPLAY_PROMPT, JUDGE_PROMPT], "variant": None, **users_setting(args, users)}
     path = f"{args.output}/conversations.jsonl"
     output = Rows(args, path, ("persona_id",), processes, **settings, judge=None, judge_max_tokens=None)
 
@@ -112,8 +114,8 @@ def main():
 
     requests = judge(lambda key: [{"user": TEXT, "reply": TEXT}] * args.rounds if args.dry_run else [])
     talk(output, people, [["user"], ["reply"]], {
-        "user": (args.roleplayer, args.roleplayer_temperature, lambda who, said, _: roleplayer_chat(who, said)),
-        "reply": (args.model, args.temperature, lambda _, said, now: said)}, lambda key, k: {}, "conversations",
+        "user": user_speaker(args, people, users),
+        "reply": (lambda _: args.model, args.temperature, lambda _, said, now: said)}, lambda *_: {}, "conversations",
         (args.judge, [request.chat for request in requests.values()], args.judge_max_tokens))
 
     scores = Rows(args, f"{args.output}/scores.jsonl", ("persona_id", "round"), processes, **settings,

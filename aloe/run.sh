@@ -83,7 +83,7 @@ done
 evaluate() {
     for T in $TEMPERATURES; do
         stage "evaluate $1 T=$T" $LAUNCH aloe/evaluate.py "${DATA[@]}" "${MODEL[@]}" "${TALK[@]}" --variant "$1" \
-            --model "$2" --split "$SPLIT" --temperature "$T" --roleplayer "$user" --judge "$JUDGE" \
+            --model "$2" --split "$SPLIT" --temperature "$T" --roleplayer $user --judge "$JUDGE" \
             --output "$RUN/$1/$SPLIT-T$T" --results "$RUN/results.jsonl" $SERVER_FLAGS $EVALUATE_FLAGS
         [ -z "$toy" ] ||                        # only the embedded world can count facts
             stage "measure $1 T=$T" python aloe/toy/measure.py --variant "$1" --evaluation "$RUN/$1/$SPLIT-T$T" \
@@ -95,7 +95,7 @@ evaluate() {
 simulate() {
     pairs=$1
     stage "simulate $(basename "$1")" $LAUNCH aloe/simulate.py "${DATA[@]}" "${MODEL[@]}" "${TALK[@]}" \
-        --limit "$LIMIT" --model "$TEACHER" --roleplayer "$user" --inducer "$2" --output "$1" $SERVER_FLAGS \
+        --limit "$LIMIT" --model "$TEACHER" --roleplayer $user --inducer "$2" --output "$1" $SERVER_FLAGS \
         $SIMULATE_FLAGS
 }
 

@@ -14,8 +14,6 @@ inducer found, and that for p_i alone. Nothing of the hint stays in the history.
                          "rounds": [{"user": "Just back from the allotment!", "revealed": "Profile: He grows ...",
                                      "preferred": "...", "rejected": "...", "chosen": "rejected"}]}
 
-A conversation with an empty or declined reply ends there and carries `refused`, with who and when.
-
 On a laptop, with the embedded world's server (aloe/toy/server.py) running:
     python aloe/simulate.py --model aloe/toy/base --roleplayer openai:aloe-user@http://127.0.0.1:8766/v1 \\
         --inducer openai:aloe-inducer@http://127.0.0.1:8766/v1 --dtype float32 --limit 20 --max-tokens 32 \\
@@ -27,13 +25,13 @@ The paper's scale, 3,000 x 10 x 4 = 120,000 calls (the paper: GPT-4o in all four
 import re
 import sys
 from collections import defaultdict
-from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # first: there, too, are a simulate.py and a train.py
-from common import (Request, Rows, add_model_flags, amount, announce, fail, lines_of, natural, nucleus,  # noqa: E402
-                    open_model, read_prompt, read_rows, run, sample_pairs, save_all, say, seed_for, stage_parser,
-                    start_processes)
+from common import (Request, Rows, add_model_flags, amount, announce, fail, has_human, lines_of, natural,  # noqa: E402
+                    nucleus, open_model, read_prompt, read_rows, run, sample_pairs, save_blocks, say, seed_for,
+                    stage_parser, start_processes)
+from users import add_user_flags, read_users, user_of, users_setting  # noqa: E402
 
 ROLEPLAY_PROMPT = read_prompt("aloe_roleplay")
 INDUCTION_PROMPT = read_prompt("aloe_induction")
@@ -41,9 +39,9 @@ HINT = read_prompt("aloe_hint")
 TEXT = "word " * 40                 # an estimate: what a message to come is taken for
 
 
-def roleplayer_chat(person, conversation):
+def roleplayer_chat(person, conversation, prompt=ROLEPLAY_PROMPT):
     """What the user's model sees: the persona, and the conversation with the roles turned around."""
-    prompt, other = ROLEPLAY_PROMPT.format(**person), {"user": "assistant", "assistant": "user"}
+    prompt, other = prompt.format(**person), {"user": "assistant", "assistant": "user"}
     return [{"role": "user", "content": prompt},
             *({"role": other[turn["role"]], "content": turn["content"]} for turn in conversation)]
 
@@ -102,28 +100,28 @@ def simulate(people, K, steps, choose, ask):
 
 
 def talk(output, people, steps, speakers, choose, what, *later):
-    """Simulates the conversations that `output` does not have, and saves them. A block of people goes step by step, and
-    is saved as a whole. Two blocks are under way: while a server answers one, the other asks.
+    """Simulates the conversations that `output` does not have, and saves them, a block of people at a time.
 
-    speakers: {field: (model, temperature, (person, messages, this round) -> what it sees)}; later: for `announce`
+    speakers: {field: (key -> model, temperature, (key, messages, this round) -> what it sees)}; later: for `announce`
     """
     args, K = output.args, output.args.rounds
-    size = max(1, args.batch_size // max(map(len, steps)))      # two replies to half as many people are a batch, too
+    size = 1 if has_human(args) else max(1, args.batch_size // max(map(len, steps)))    # two replies each: half as many
     blocks = [list(people)[i:i + size] for i in range(0, len(people), size)]
     todo = [block for block in blocks if not all(key in output for key in block)]
     middle, chats = [{"user": TEXT, "reply": TEXT}] * (K // 2), defaultdict(list)      # it stands for all rounds
-    for field, (spec, _, chat) in speakers.items():
+    for field, (model_of, _, chat) in speakers.items():
         so_far = walked(middle + [{"user": TEXT}] * (field != "user"))
-        chats[spec] += [chat(people[key], so_far, {"revealed": TEXT}) for block in todo for key in block] * K
+        for key in (key for block in todo for key in block):
+            chats[model_of(key)] += [chat(key, so_far, {"revealed": TEXT})] * K
     announce(output, *((spec, chats[spec], args.max_tokens) for spec in chats), *later)
     models = {spec: open_model(spec, args, output.processes) for spec in chats if todo}
 
     def ask(k, asked, rows):
         requests = defaultdict(dict)                            # two replies by one model are one batch
         for key, field in asked:
-            (*who, chat), rounds = speakers[field], rows[key]["rounds"]
-            requests[tuple(who)][key, field] = Request(chat(people[key], walked(rounds), rounds[-1]),
-                                                       seed_for(args.seed, field, *key, k))
+            (model_of, temperature, chat), rounds = speakers[field], rows[key]["rounds"]
+            requests[model_of(key), temperature][key, field] = Request(chat(key, walked(rounds), rounds[-1]),
+                                                                       seed_for(args.seed, field, *key, k))
         for (spec, temperature), of_it in requests.items():
             yield from models[spec].generate(of_it, temperature, args.top_p, args.max_tokens)
 
@@ -132,12 +130,7 @@ def talk(output, people, steps, speakers, choose, what, *later):
         return [(key, {name: value for name, value in row.items() if value or name == "rounds"})
                 for key, row in rows.items()]
 
-    pool = ThreadPoolExecutor(2)
-    done = as_completed([pool.submit(simulate_block, block) for block in todo[output.share]])
-    try:
-        save_all(output, people, (row for block in done for row in block.result()), what)
-    finally:
-        pool.shutdown(wait=False, cancel_futures=True)
+    save_blocks(output, people, todo, simulate_block, what)
 
 
 def read_people(path, split, limit, seed):
@@ -157,7 +150,7 @@ def talk_parser(manual, output, split):
     """The parser of a stage that talks with the user."""
     parser = stage_parser(manual, output, "talk with a seeded sample of N personas")
     parser.add_argument("--model", required=True, help="whose replies these are; the paper simulates with GPT-4o")
-    parser.add_argument("--roleplayer", required=True, help="plays the user; the paper: GPT-4o")
+    add_user_flags(parser, required=True, help="plays the user; the paper: GPT-4o; several share the personas")
     parser.add_argument("--personas", default="runs/aloe/personas.jsonl", help="personas (JSONL)")
     parser.add_argument("--split", default=split, help="of the personas")
     parser.add_argument("--rounds", type=natural, default=10, metavar="K", help="in a conversation")
@@ -169,31 +162,38 @@ def talk_parser(manual, output, split):
     return parser
 
 
+def user_speaker(args, people, users):
+    """Deals each person one of `users`, notes its name in the row, and returns the speaker for `talk`."""
+    who = {key: user_of(users, args.seed, *key) for key in people}
+    for key, row in people.items():
+        row["roleplayer"] = who[key].name
+    return (lambda key: who[key].model, args.roleplayer_temperature,
+            lambda key, said, _: roleplayer_chat(people[key], said, who[key].prompt))
+
+
 def main():
     parser = talk_parser(__doc__, "conversations (JSONL)", "train")
     parser.add_argument("--inducer", required=True, help="says what the user has shown; the paper: GPT-4o")
     args = parser.parse_args()
-    people, processes = read_people(args.personas, args.split, args.limit, args.seed), start_processes()
-    output = Rows(args, args.output, ("persona_id",), processes, prompts=[ROLEPLAY_PROMPT, INDUCTION_PROMPT, HINT])
+    people, users = read_people(args.personas, args.split, args.limit, args.seed), read_users(args, ROLEPLAY_PROMPT)
+    output = Rows(args, args.output, ("persona_id",), start_processes(), **users_setting(args, users),
+                  prompts=[ROLEPLAY_PROMPT, INDUCTION_PROMPT, HINT])
     speakers = {
-        "user": (args.roleplayer, args.roleplayer_temperature, lambda who, said, _: roleplayer_chat(who, said)),
-        "revealed": (args.inducer, 0.0, lambda who, said, _: inducer_chat(who, said)),
-        "preferred": (args.model, args.temperature, lambda _, said, now: hinted(said, now["revealed"])),
-        "rejected": (args.model, args.temperature, lambda _, said, now: said)}
-
-    def choose(key, k):
-        return {"chosen": ("preferred", "rejected")[seed_for(args.seed, "chosen", *key, k) % 2]}
-
-    talk(output, people, [["user"], ["revealed"], ["preferred", "rejected"]], speakers, choose, "conversations")
+        "user": user_speaker(args, people, users),
+        "revealed": (lambda _: args.inducer, 0.0, lambda key, said, _: inducer_chat(people[key], said)),
+        "preferred": (lambda _: args.model, args.temperature, lambda _, said, now: hinted(said, now["revealed"])),
+        "rejected": (lambda _: args.model, args.temperature, lambda _, said, now: said)}
+    talk(output, people, [["user"], ["revealed"], ["preferred", "rejected"]], speakers, lambda key, k: {
+        "chosen": ("preferred", "rejected")[seed_for(args.seed, "chosen", *key, k) % 2]}, "conversations")
     whole = [row for row in output.values() if "refused" not in row]
     found = [(r["revealed"], row) for row in whole for r in row["rounds"]]
     nothing = sum(set(re.findall(r"\w+", told.lower())) <= {"profile", "personalities", "none"} for told, _ in found)
     strange = [words for told, row in found if (words := invented(told, row))]
     examples = ", ".join(sorted(set(sum(strange, [])))[:3]) or "none"
-    if whole:
-        say(processes, "", whole[0]["profile"], whole[0]["personality"], *lines_of(walked(whole[0]["rounds"])), "")
-    say(processes, f"{output.summary()}; {len(found)} rounds: in {nothing} nothing was revealed, in {len(strange)} the "
-                   f"inducer has words that are not in the persona ({examples})")
+    for row in whole[:1]:
+        say(output.processes, "", row["profile"], row["personality"], *lines_of(walked(row["rounds"])), "")
+    say(output.processes, f"{output.summary()}; {len(found)} rounds: in {nothing} nothing was revealed, in "
+        f"{len(strange)} the inducer has words that are not in the persona ({examples})")
 
 
 if __name__ == "__main__":

@@ -549,7 +549,7 @@ def test_from_any_folder_and_beside_files_of_the_same_name(stage, tmp_path):
                               env={**os.environ, "PYTHONPATH": str(tmp_path), "COLUMNS": "400"})
         assert done.returncode == 0 and "ALOE, section" in done.stdout, done.stderr
     said, source = " ".join(done.stdout.split()), "".join((ROOT / file).read_text() for file in (
-        f"aloe/{stage}.py", "aloe/simulate.py", "common.py", "train.py"))
+        f"aloe/{stage}.py", "aloe/simulate.py", "common.py", "train.py", "users.py"))
     flags = set(re.findall(r"^  (--[a-z][a-z-]*)", done.stdout, re.M))
     for flag in flags - {"--profiles", "--personalities"}:       # read by their names in a loop
         assert re.search(rf"args\.{flag[2:].replace('-', '_')}\b", source), f"{flag} is never read"

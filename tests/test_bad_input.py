@@ -217,8 +217,8 @@ CASES = {                                                         # name -> stag
     "no such model: simulate": ("simulate", lambda b: ["--questioner", "./nowhere"], "nowhere: cannot be loaded"),
     **{f"a context that is scored: {stage}": (stage, lambda b: ["--base", b.small(100)], "small: .* room for 100")
        for stage in ("select", "evaluate")},
-    **{f"a served --base: {stage}": (stage, lambda b: ["--base", "openai:m"], "--base openai:m: a server gives no log-prob")
-       for stage in ("select", "evaluate")},
+    **{f"--base {base}: {stage}": (stage, lambda b, base=base: ["--base", base], f"--base {base}: gives no log-probabilities")
+       for stage in ("select", "evaluate") for base in ("openai:m", "human")},
     **{f"no server: {stage}": (stage, lambda b, flag=flag: [flag, f"openai:m@{NOBODY}", "--limit", 1], "Connection error")
        for stage, flag in (("generate_personas", "--model"), ("gold", "--oracle"), ("simulate", "--roleplayer"))},
     "no server: evaluate": ("evaluate", lambda b: b.judged("--judge", f"openai:j@{NOBODY}", "--limit", 1), "openai:j.*Connection"),

@@ -17,7 +17,7 @@ STAGES = ["generate_personas", "gold", "simulate", "select", "train", "evaluate"
 SCRIPTS = [f"{stage}.py" for stage in STAGES] + ["report.py", "shorten.py"] + [
     f"toy/{name}.py" for name in ("world", "server", "pretrain", "measure", "permute", "check")]
 PAGES = ["README.md", *(f"docs/{page.name}" for page in sorted((ROOT / "docs").glob("*.md")))]
-SOURCES = "".join((ROOT / file).read_text() for file in (*SCRIPTS, "common.py"))
+SOURCES = "".join((ROOT / file).read_text() for file in (*SCRIPTS, "common.py", "users.py"))
 TEXTS = [*PAGES, "NOTES.md", "run.sh", *SCRIPTS]
 FOREIGN = set("--n --nnodes --index-url --nproc_per_node --config_file --tensor-parallel-size --generation-config "
               "--gpu-memory-utilization --device --help --always --dirty --num_processes --rdzv_backend --rdzv_endpoint "
@@ -63,12 +63,12 @@ def test_flags_that_are_named_exist(name):
 
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_every_flag_is_read_and_its_default_the_papers(script):
-    source, shown = (ROOT / script).read_text() + (ROOT / "common.py").read_text(), " ".join(manual(script).split())
+    source, shown = "".join((ROOT / file).read_text() for file in (script, "common.py", "users.py")), " ".join(manual(script).split())
     words = PAPER.get(script, "").replace(" Q", f" {Q}").split()
     for flag in flags(script) - {"--help"}:
         assert re.search(rf"args\.{flag[2:].replace('-', '_')}\b(?! *=[^=])", source), f"{script}: {flag} is never read"
     for flag, value in zip(words[::2], words[1::2]):
-        assert re.search(rf"--{flag} [^\]]*?\(default: {re.escape(value)}\)", shown.split("options:")[1]), (flag, value)
+        assert re.search(rf"--{flag} (?:\w+ \[\w+ \.\.\.\] )?[^\]]*?\(default: (?:\[')?{re.escape(value)}(?:'\])?\)", shown.split("options:")[1]), (flag, value)
 
 
 @pytest.mark.parametrize("name", TEXTS)
@@ -88,7 +88,7 @@ def test_files_and_links_lead_somewhere(name):
 @pytest.mark.parametrize("name", PAGES)
 def test_code_on_a_page_is_code(name, tmp_path):
     for line in (ROOT / name).read_text().splitlines():         # (121: a diff; a row of a table cannot be broken)
-        assert len(line) <= 121 or line.startswith(("|", "<", "{")), line
+        assert len(line) <= 121 or line.startswith(("|", "<", "{", "assistant: ")), line
     for script in blocks(name, "bash"):
         assert subprocess.run(["bash", "-n"], input=script, text=True).returncode == 0, script
     for node in (node for code in blocks(name, "python") for node in ast.parse(code).body):
@@ -126,7 +126,7 @@ def test_nothing_else_at_the_top_level_and_no_toy_in_the_core():
     tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True)
     tops = {line.split("/")[0] for line in tracked.stdout.splitlines()} if not tracked.returncode else {  # an archive
         path.name for path in ROOT.iterdir()} - {"runs", "__pycache__", ".pytest_cache"}
-    assert tops <= {*SCRIPTS, *("common.py run.sh stage.sh pytest.ini requirements.txt requirements-dev.txt README.md NOTES.md LICENSE "
+    assert tops <= {*SCRIPTS, *("common.py users.py human.py run.sh stage.sh pytest.ini requirements.txt requirements-dev.txt README.md NOTES.md LICENSE "
                                 ".gitignore tests data aloe toy configs benchmarks docs prompts requirements-report.txt results.py pictures.py rounding.py plan.py .ci").split()}
     for script in (*STAGES, "common"):
         code = re.sub(r'""".*?"""', "", (ROOT / f"{script}.py").read_text(), flags=re.S)

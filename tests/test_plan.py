@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -84,6 +85,18 @@ def test_a_new_run_is_counted(commands, planned, world):
     length = len(json.dumps(gold.oracle_chat(plan.TEXT["persona"], plan.TASK))) // 4
     assert "12 calls" in said and "1,200 out, at most 1,200): $0.0" in said and length > 100
     assert not [name for name in os.listdir(world.folder) if "settings" in name]
+
+
+def test_each_of_several_roleplayers_is_counted_as_often_as_it_is_asked(commands, planned, run, server, short, world, monkeypatch):
+    monkeypatch.setattr(plan.load_stage("simulate"), "ELICITATION_PROMPT", "Ask {name} about: {task}")
+    words = commands()[1]
+    at = words.index("--roleplayer") + 1
+    words[at:at + 1] = [f"openai:a@{server.url}", f"openai:b@{server.url}", "--roleplayer-weights", "3", "1", "--max-turns", "1"]
+    status, said = planned([words], "--dry-run")
+    run(simulate, *words[2:])
+    asked = Counter(request["model"] for request in server.requests)
+    assert status == 0 and asked["a"] > asked["b"] > 0
+    assert all(f"Roleplayer, openai:{name}: {asked[name]} calls" in said for name in "ab"), said
 
 
 def test_what_is_done_is_not_counted(commands, planned, done, world):

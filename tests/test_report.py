@@ -45,13 +45,14 @@ def folder(tmp_path):
 
 
 def evaluation(run, where, variant, t, nats, response, verdict=None, judge="openai:judge", orders=("ours_first",), talks=None,
-               user="user"):
+               user="user", who=None):
     """What simulate.py and evaluate.py would write."""
     (run / where / "test").mkdir(parents=True)
     talks = talks or (lambda pair: talk("What do you like?", "I like tea & cake.", "Where are you?", "At home.")
                       if pair[0] == "t1" else talk("What do you like?", "Tea?"))
     write_rows(run / where / "test.jsonl", [{"task_id": pair[0], "persona_id": pair[1], "sample": sample, "split": "test",
-                                             "conversation": talks(pair)} for pair in PAIRS for sample in (0, 1)])
+                                             **({"roleplayer": who(pair)} if who else {}), "conversation": talks(pair)}
+                                            for pair in PAIRS for sample in (0, 1)])
     settings = {"split": "test", "iteration": t, "variant": variant, "roleplayer": user, "judge": judge, "base": "b (0)",
                 "questioner": f"{where} (1)", "conversations": common.fingerprint(str(run / where / "test.jsonl"))}
     key = [dict(task_id=pair[0], persona_id=pair[1]) for pair in PAIRS]
@@ -102,6 +103,20 @@ def test_each_model_in_one_line(folder):
     assert main["gain"] == f"{mean:.2f} ({mean - half:.2f} to {mean + half:.2f})"
     shutil.rmtree(folder / "base")
     assert table(report.summary, folder)[0]["gain"] == "-", "nothing to compare with"
+
+
+def test_people_and_each_of_several_users_stand_apart(folder):
+    evaluation(folder, "mixed/base", "main", 0, BASE_NATS.get, user="human + m", response=lambda pair: "x")
+    evaluation(folder, "mixed/1", "main", 1, lambda pair: BASE_NATS[pair] + GAINS[pair], user="human + m", verdict=POINTS.get,
+               response=lambda pair: "x", who=lambda pair: "human" if pair[0] == "t0" else "m")
+    rows = {row["user"]: row for row in table(report.summary, folder) if row["model"] == "main, t=1"}
+    assert list(rows) == ["user", "human + m", "human", "m"] and rows["human + m"]["n"] == "6, 5; 1"
+    for user, task in (("human", "t0"), ("m", "t1")):
+        own = [pair for pair in PAIRS if pair[0] == task]
+        assert number(rows[user]["gain"]) == pytest.approx(sum(GAINS[pair] for pair in own) / 3, abs=0.005)
+        readable = [{"ours": 1, "base": 0, "tie": 0.5}[POINTS[pair]] for pair in own if POINTS[pair]]
+        assert number(rows[user]["win rate"]) == pytest.approx(sum(readable) / len(readable), abs=0.005)
+        assert rows[user]["n"] == f"3, {len(readable)}"
 
 
 def test_paired_differences(folder):

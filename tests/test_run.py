@@ -242,7 +242,10 @@ def test_a_limit_holds_for_every_stage(record):
                "VARIANTS": "main other_user"}, "same model as ROLEPLAYER"),
     ("paper", {"ORACLE": "x", "ROLEPLAYER": "x", "OTHER_ROLEPLAYER": "openai:y@http://a/v1 openai:y@http://b/v1",
                "VARIANTS": "main other_user"}, "or there twice"),
-    ("smoke", {"LIMIT": "3", "PERSONA_SPLITS": "A=5,B"}, "B is not as A=50")])
+    ("smoke", {"LIMIT": "3", "PERSONA_SPLITS": "A=5,B"}, "B is not as A=50"),
+    ("toy", {"ROLEPLAYER": "openai:me"}, "a Roleplayer is a name of toy/server.py"),
+    ("small", {"ORACLE": "openai:x", "ROLEPLAYER": "human"}, "--roleplayer human: the stages of run.sh have no terminal"),
+    ("small", {"ORACLE": "openai:x", "ROLEPLAYER": "openai:y", "JUDGE": "human"}, "--judge human: the stages of run.sh")])
 def test_what_cannot_run_is_refused_before_anything_starts(mode, more, said, tmp_path):
     done = subprocess.run(["bash", "run.sh", mode], cwd=ROOT, capture_output=True, text=True, env={
         "PATH": f"{os.path.dirname(sys.executable)}:/usr/bin:/bin", "RUN": str(tmp_path / "r"), "LAUNCH": "python", **more})
@@ -304,6 +307,20 @@ def test_several_other_users(record, tmp_path):
             (f"{there}/{name}/{t}/test.jsonl", spec) for t in ("base", 1)}
         assert [flags.get("--baseline") for flags in of(commands, "evaluate.py", f"{there}/{name}/")] == [
             None, [f"{there}/{name}/base/test"]]
+
+
+def test_several_share_the_training_and_one_answers_in_the_evaluations(record, tmp_path):
+    def played(commands, output):
+        return [[spec.split("@")[0] for spec in flags["--roleplayer"]] for flags in of(commands, "simulate.py", output)]
+    toy = record("toy", ROLEPLAYER="roleplayer roleplayer-chatty", TEST_ROLEPLAYER="roleplayer-erring", ITERATIONS="2",
+                 OTHER_ROLEPLAYER="roleplayer-terse", VARIANTS="main other_user")
+    both = ["openai:roleplayer", "openai:roleplayer-chatty"]
+    assert played(toy, "conversations.jsonl") == [both, both]
+    assert played(toy, "r/main/1/test.jsonl") == played(toy, "r/base/test.jsonl") == [["openai:roleplayer-erring"]]
+    assert played(toy, "other_user/roleplayer-terse/1/test.jsonl") == [["openai:roleplayer-terse"]]
+    small = record("small", ORACLE="o", ROLEPLAYER="a b --roleplayer-weights 3 1", ITERATIONS="1", VARIANTS="main")
+    assert all(flags["--roleplayer"] == ["a", "b"] and flags["--roleplayer-weights"] == ["3", "1"]
+               for flags in of(small, "simulate.py"))
 
 
 def test_the_small_run(record, tmp_path):

@@ -186,8 +186,7 @@ def test_server_answers_the_papers_prompts(url):
     assert said("roleplayer", "roleplayer_system", roleplayer["What is your pet?"]) in [
         form.format("pet", persona["pet"]) for form in world.ANSWERS]
     assert said("roleplayer", "roleplayer_system", roleplayer["Why?"]) == world.UNSURE
-    assert said("roleplayer-terse", "roleplayer_system", roleplayer["What is your pet?"]) in (
-        f"{persona['pet']}.", world.EVASIVE)
+    assert said("roleplayer-terse", "roleplayer_system", roleplayer["What is your pet?"]) == f"{persona['pet']}."
     assert said("judge", "judge_system", judge_prompt(text, task, "What?", gold)).endswith("\n\nFinal Response: B")
 
 
@@ -199,8 +198,6 @@ def test_server_is_deterministic_for_a_seed_and_varies_between_seeds():
                      for seed in range(20)]
     roleplay = prompt("roleplayer_user").format(
         persona=drawn[0], task="I am looking for a classic trip.", conversation="AI Assistant: What is your pet?")
-    terse = [ask("roleplayer-terse", prompt("roleplayer_system"), roleplay, seed) for seed in range(200)]
-    assert len(set(terse)) == 2 and 25 < terse.count(world.EVASIVE) < 75
     assert len({ask("roleplayer", prompt("roleplayer_system"), roleplay, seed) for seed in range(20)}) == 2
 
 

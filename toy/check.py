@@ -16,7 +16,7 @@ from pathlib import Path
 import measure
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the stages; first, since PyPI has an "evaluate", too
-from common import PAIR, fail, read_rows, write_whole  # noqa: E402
+from common import PAIR, fail, read_rows, read_settings, write_whole  # noqa: E402
 from results import RESULT_KEY, TITLES, as_text, read_results, table  # noqa: E402
 
 
@@ -30,7 +30,7 @@ def over_seeds(runs):
              "sem": statistics.stdev(values) if len(values) > 1 else None} for key, values in means.items()]
 
 
-def findings(rows):
+def findings(rows, user="roleplayer"):
     """Results of one run -> [(what the paper found, does it hold, the figures)] for the variants that were run; None
     where something was not measured. Standard errors are clustered by task and by persona where there are such.
 
@@ -38,7 +38,7 @@ def findings(rows):
     a few hundred conversations moves relevance by some .05 by itself (NOTES.md).
     """
     cells = {(row["variant"], row["iteration"], row["metric"], row["condition"]): row
-             for row in rows if row["roleplayer"] == "roleplayer"}
+             for row in rows if row["roleplayer"] == user}
     ran, T = {variant for variant, t, _, _ in cells if t}, max((t for _, t, _, _ in cells), default=0)
 
     def mean(variant, t, metric, condition=""):
@@ -141,11 +141,11 @@ def findings(rows):
     return found
 
 
-def sharpening(rows):
+def sharpening(rows, user="roleplayer"):
     """[(t, main's win rate, Q_BASE's on the same conversations)]: what of the win is due to the questions, and what to
     Q_t's own way of answering."""
     wins = {(row["variant"], row["iteration"]): row["mean"] for row in rows
-            if row["metric"] == "win_rate" and row["roleplayer"] == "roleplayer"}
+            if row["metric"] == "win_rate" and row["roleplayer"] == user}
     return [(t, wins["main", t], wins["base_answers", t])
             for variant, t in sorted(wins) if variant == "base_answers" and ("main", t) in wins]
 
@@ -204,9 +204,10 @@ def main():
         lines.append(f"{variant}, t = {t}: {won:.3f} {tied:.3f} {lost:.3f}  {won + tied / 2:.3f}")
     for run, rows in runs.items():
         lines += ["", f"Does it hold in {run}?"]
-        for what, holds, figures in findings(rows):
+        user = read_settings(f"{run}/base/{args.split}/log_probs.jsonl").get("roleplayer", "roleplayer")       # the first
+        for what, holds, figures in findings(rows, user):
             lines.append(wrapped(f"{ {True: 'yes', False: 'NO ', None: '-- '}[holds]}  {what}: {figures}"))
-        for t, ours, base in sharpening(rows):
+        for t, ours, base in sharpening(rows, user):
             share = f"sharpening: {(ours - base) / (ours - 0.5):.0%} of the win" if ours > 0.5 else "no win"
             lines.append(wrapped(f"     t = {t}: main wins {ours:.3f}, with Q_BASE's answers on its conversations "
                                  f"{base:.3f}; {share}"))

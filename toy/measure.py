@@ -1,7 +1,8 @@
 """What evaluate.py cannot know: how well the questions and responses of an iteration fit the embedded world.
 
     relevant_share   of the questions asked: about a fact that matters for the task, and that was not asked for before
-    coverage         facts that matter and that the user told, over the most that so many questions could bring
+    coverage         facts that matter and that the user told, true ones, over the most that so many questions could
+                     bring: above 1 where a user tells what nobody asked for
     question_share   of the responses: another question
     used_facts       per response: facts of the persona that matter for the task, and that the response states
     invented_facts   per response: values of the world in it, each once, that occur in no user turn of the conversation
@@ -42,11 +43,11 @@ def relevant_share(conversation, task):
     return len(set(slots) & set(world.relevant_slots(task))) / len(slots)
 
 
-def coverage(conversation, task):
-    """Slots that matter for the task and that the user told, over the most that so many questions can bring."""
-    told = {slot for turn in conversation if turn["role"] == "user" for slot, _ in world.facts_in(turn["content"])}
-    relevant = set(world.relevant_slots(task))
-    return len(told & relevant) / min(len(conversation) // 2, len(relevant))
+def coverage(conversation, task, persona):
+    """Facts that matter for the task and that the user told, over the most that so many questions can bring."""
+    told = world.facts_in(" ".join(turn["content"] for turn in conversation if turn["role"] == "user"))
+    true, relevant = told & world.facts_in(persona), world.relevant_slots(task)
+    return sum(slot in relevant for slot, _ in true) / min(len(conversation) // 2, len(relevant))
 
 
 def is_question(response):
@@ -70,9 +71,10 @@ def measure(conversations, responses, tasks, personas):
     """Rows of both files, {task_id: task row}, {persona_id: its row} -> {metric: {(task_id, persona_id): mean over the
     pair's samples}}."""
     asked = {key_of(row): row["conversation"] for row in conversations}
-    of_talks = {name: by_pair([{**row, name: of(row["conversation"], tasks[row["task_id"]]["task"])}
+    of_talks = {name: by_pair([{**row, name: of(row["conversation"], tasks[row["task_id"]]["task"], *who(row))}
                                for row in conversations], name)
-                for name, of in (("relevant_share", relevant_share), ("coverage", coverage))}
+                for name, of, who in (("relevant_share", relevant_share, lambda row: ()),
+                                      ("coverage", coverage, lambda row: [personas[row["persona_id"]]["persona"]]))}
     of_responses = {
         "question_share": lambda row, task: is_question(row["response"]),
         "used_facts": lambda row, task: used_facts(row["response"], task, personas[row["persona_id"]]["persona"]),

@@ -11,8 +11,11 @@ the model, the prompt and the request's integer `seed` alone.
     model              answers with
     persona-writer     a random user: "I'm Anna. My pet is dog. ..."
     oracle             the gold response
-    roleplayer         the true fact to a recognised question, otherwise "I am not sure what you mean."
-    roleplayer-terse   the bare value, "dog."; one time in four "I would rather not say."
+    roleplayer         the true fact to a recognised question, "My pet is dog.", or "I am not sure what you mean."
+    roleplayer-terse   the bare value: "dog."
+    roleplayer-evasive one time in four "I would rather not say."
+    roleplayer-chatty  adds two facts that nobody asked for
+    roleplayer-erring  a wrong value one time in ten; the true one when it is asked again
     judge              "Final Response: A" or "B": the higher score wins, where
                        score = relevant true facts used - facts about the user that are wrong;
                        ties by a hash of the prompt. No other clause: questions, length and order count for nothing.
@@ -51,13 +54,20 @@ def answer_task(persona, task, rng, model):
 
 
 def roleplay(persona, task, conversation, rng, model):
-    slot = world.question_slot(conversation.rpartition("AI Assistant: ")[2])
+    *before, slot = [world.question_slot(said) for said in conversation.split("AI Assistant: ")[1:]]
     if slot is None:
         return world.UNSURE
-    value = world.read_persona(persona)[slot]
-    if model == "roleplayer":
-        return rng.choice(world.ANSWERS).format(slot, value)
-    return world.EVASIVE if rng.random() < 0.25 else f"{value}."
+    person, form = world.read_persona(persona), rng.choice(world.ANSWERS)
+    told, manner = [slot], model.removeprefix("roleplayer-")
+    if manner == "terse":
+        return f"{person[slot]}."
+    if manner == "evasive" and rng.random() < 0.25:
+        return world.EVASIVE
+    if manner == "chatty":
+        told += rng.sample([other for other in world.SLOTS if other != slot], 2)
+    if manner == "erring" and slot not in before and rng.random() < 0.1:
+        person[slot] = rng.choice([value for value in world.SLOTS[slot] if value != person[slot]])
+    return " ".join(form.format(each, person[each]) for each in told)
 
 
 def judge(persona, task, response_a, response_b, rng, model):
@@ -71,12 +81,13 @@ def as_pattern(template):
     return re.compile(re.sub(r"\\\{(\w+)\\\}", r"(?P<\1>.*)", re.escape(template)), re.DOTALL)
 
 
+USERS = ["roleplayer", "roleplayer-terse", "roleplayer-evasive", "roleplayer-chatty", "roleplayer-erring"]
 ROLES = {  # system text -> (pattern of the user message, who answers, the models that may be asked)
     generate_personas.SYSTEM_PROMPT:
         (as_pattern(generate_personas.PROMPT + "\n\n{examples}"), write_persona, ["persona-writer"]),
     gold.SYSTEM_PROMPT: (as_pattern(gold.PROMPT), answer_task, ["oracle"]),
     simulate.ROLEPLAYER_SYSTEM_PROMPT:
-        (as_pattern(simulate.ROLEPLAYER_PROMPT), roleplay, ["roleplayer", "roleplayer-terse"]),
+        (as_pattern(simulate.ROLEPLAYER_PROMPT), roleplay, USERS),
     evaluate.JUDGE_SYSTEM_PROMPT: (as_pattern(evaluate.JUDGE_PROMPT), judge, ["judge"]),
 }
 MODELS = [model for _, _, models in ROLES.values() for model in models]
