@@ -49,7 +49,10 @@ def read_runs(folders, split):
                     for metric, values in values_of(e, tasks, personas).items():
                         of.setdefault(metric, {}).update(
                             {(task, f"{folder}/{persona}"): value for (task, persona), value in values.items()})
-    return found or fail(f"{folders[0]}: no run of toy/manners.sh is there.")
+    for user, run in ((user, run.format(user)) for user in (PLAIN, *MANNERS) for run in ("Q_BASE", *TRAINED.values())):
+        if not any(key[:2] == (run, user) for key in found):
+            fail(f"{', '.join(folders)}: no {run} that was tested with {user}. Start toy/manners.sh again.")
+    return found
 
 
 def share_kept(wins):
