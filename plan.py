@@ -193,16 +193,16 @@ class Plan:
         self.talks[args.output] = pairs, args.samples
         stage = load_stage("simulate")
         users, turns = read_users(args, stage.ROLEPLAYER_PROMPT), Counter()
-        left = [pair for pair in pairs for sample in range(args.samples) if (*pair, sample) not in there]
+        left = {pair: sum((*pair, sample) not in there for sample in range(args.samples)) for pair in pairs}
         for pair in left:
-            turns[user_of(users, args.seed, *pair)] += args.max_turns + 1          # twice the mean of lengths 1..K
-        self.work["conversations"] += len(left)
+            turns[user_of(users, args.seed, *pair)] += left[pair] * (args.max_turns + 1)     # twice the mean of 1..K
+        self.work["conversations"] += sum(left.values())
         self.ask("Questioner", args.questioner, args, turns.total() // 2, stage.questioner_chat("June", TASK, TALK),
                  "question", args.max_tokens)
         for user in turns:
             self.ask("Roleplayer", user.model, args, turns[user] // 2,
                      stage.roleplayer_chat(TEXT["persona"], TASK, TALK, user.prompt), "answer", args.max_tokens)
-        return len(left)
+        return sum(left.values())
 
     def select(self, args):
         pairs, samples = self.talked(args)

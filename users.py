@@ -41,9 +41,9 @@ def read_users(args, prompt):
             if set(re.findall(r"{\w*}|[{}]", text)) != fields:
                 fail(f"{file}: a Roleplayer's prompt has {', '.join(sorted(fields))}, and no other braces.")
         user = User(name, model, text)
+        if user not in users and name in {other.name for other in users}:
+            fail(f"Two Roleplayers are called {name}. Rename a folder or a file: rows tell them apart by name.")
         users[user] = users.get(user, 0) + weight
-    if len({user.name for user in users}) < len(users):
-        fail(f"Two Roleplayers are called {name}. Rename a folder or a file: rows tell them apart by name.")
     return users
 
 

@@ -238,7 +238,8 @@ def test_names_that_are_the_same(run, world, tiny, server, short, tmp_path):
     for folder in ("a", "b"):
         (tmp_path / folder).mkdir()
         (tmp_path / folder / "p.txt").write_text(f"{folder} {{persona}} {{task}} {{conversation}}")
-    prompts = ["--roleplayer-prompt", tmp_path / "a/p.txt", tmp_path / "b/p.txt"]
+    (tmp_path / "other.txt").write_text("Other. {persona} {task} {conversation}")
+    prompts = ["--roleplayer-prompt", tmp_path / "a/p.txt", tmp_path / "b/p.txt", tmp_path / "other.txt"]
     _, err = run(simulate, *world.command("simulate", tiny, server.url, "two.jsonl"), *prompts, status=2)
     assert "Two Roleplayers are called m (p.txt). Rename" in err
     (tmp_path / "a/p.txt").write_bytes("\xe9 {persona} {task} {conversation}".encode("latin-1"))
