@@ -1,11 +1,10 @@
 """Plumbing that the six stages share: rows on disk, chats as token ids, and the models. No algorithm.
 
     rows      read_tasks, read_personas, read_gold, read_conversations, all_pairs, Rows
-    chats     response_form, prompt_ids, training_examples, scored_ids
+    chats     read_prompts, response_form, prompt_ids, last_turn, scored_ids
     models    "mistralai/Mistral-7B-Instruct-v0.2"     a folder or hub name: Hugging Face, on this machine
               "openai:gpt-5@https://my.server/v1"      any OpenAI-compatible server ("@URL" is optional)
-              "human"                                  you, at the terminal
-    stages    answer_all asks a model, save_blocks saves conversations, score_all asks Q_BASE for log-probabilities
+    stages    answer_all asks a model, score_all asks Q_BASE for log-probabilities; both save what is there
 
 torch and transformers are imported where they are needed, so that --help and bad input answer at once.
 """
@@ -17,17 +16,19 @@ import operator
 import os
 import re
 import sys
-from bisect import bisect_left, bisect_right
+from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from functools import lru_cache
+from functools import lru_cache, partial
 from glob import escape, glob
 from pathlib import Path
 from threading import Lock
-from typing import NamedTuple
+from typing import Any, NamedTuple
 from uuid import uuid4
 
 import numpy as np
 from tqdm import tqdm
+
+PROMPTS = Path(__file__).parent / "prompts"
 
 
 def fail(message, status=2):
@@ -70,58 +71,42 @@ pair_of, key_of = operator.itemgetter(*PAIR), operator.itemgetter(*SAMPLE)
 
 
 def read_rows(path, key, fields):
-    """Yields the rows of a JSONL file, checked; the first bad line ends the program.
-
-    key: {name: type} of the fields that tell rows apart; fields: {name: type} of the other fields. A row with
-    `refused` (a model declined) needs its key alone; the caller leaves it out.
-    """
-    seen = {}
+    """Yields the rows of a JSONL file; the first bad line ends the program. key: {name: type} of the fields that tell
+    rows apart; fields: of the others. A row with `refused` (a model declined) needs its key alone; the caller leaves it
+    out."""
     if unfinished(path):
         fail(f"{path}: not finished. Start the stage that writes it again: it goes on.")
+    seen = {}                                                   # where each row stands
     for number, line in enumerate(open(path, "rb"), 1):
         try:
             row = json.loads(line)
             json.dumps(row, ensure_ascii=False, allow_nan=False).encode()          # no NaN, no half of a character
             for name, kind in (key if "refused" in row else {**key, **fields}).items():
                 if not isinstance(row[name], kind):
-                    wanted = getattr(kind, "__name__", kind)
-                    raise ValueError(f"field {name!r} is {json.dumps(row[name])[:40]}, not {wanted}")
+                    raise ValueError(f"{name} is {json.dumps(row[name])[:40]}, not {getattr(kind, '__name__', kind)}")
                 if name == "conversation" and [(turn["role"], type(turn["content"])) for turn in row[name]] != [
                         ("assistant", str), ("user", str)] * max(1, len(row[name]) // 2):
-                    raise ValueError('a conversation is a list of {"role": "assistant" or "user", "content": text}, '
-                                     "question and answer in turn")
-            identity = tuple(row[name] for name in key)
-            if identity in seen:
-                raise ValueError(f"the same {', '.join(key)} as on line {seen[identity]}")
-        except KeyError as error:
-            fail(f"{path}, line {number}: no field {error}. docs/data.md lists the fields of each file.")
-        except (ValueError, TypeError, RecursionError) as error:
-            fail(f"{path}, line {number}: {error}. Each line is a JSON object; docs/data.md lists its fields.")
-        seen[identity] = number
+                    raise ValueError("a conversation is a list of questions (assistant) and answers (user) in turn")
+            first = seen.setdefault(tuple(row[name] for name in key), number)
+            if first != number:
+                raise ValueError(f"the same {', '.join(key)} as on line {first}")
+        except (KeyError, ValueError, TypeError, RecursionError) as error:
+            why = f"no field {error}" if isinstance(error, KeyError) else error
+            fail(f"{path}, line {number}: {why}. Each line is a JSON object; docs/data.md lists its fields.")
         yield row
 
 
-def read_prompt(name):
-    """One of the paper's prompts, word for word: prompts/NAME.txt. The stages fill in {task}, {persona} ..."""
-    return (Path(__file__).parent / f"prompts/{name}.txt").read_text(encoding="utf-8").removesuffix("\n")
-
-
-def read_text(path):
-    """A file's text, without blanks around it."""
-    try:
-        return Path(path).read_text(encoding="utf-8-sig").strip()
-    except UnicodeDecodeError as error:
-        fail(f"{path}: {error}. Save it as UTF-8.")
-
-
-def read_tasks(path):
-    """{task_id: row} with `task_id`, `split`, `task`."""
-    return {row["task_id"]: row for row in read_rows(path, {"task_id": str}, {"split": str, "task": str})}
+def read_tasks(path, per_split=None):
+    """{task_id: row} with `task_id`, `split`, `task`; of each split the first `per_split`, or all."""
+    splits = defaultdict(list)
+    for row in read_rows(path, {"task_id": str}, {"split": str, "task": str}):
+        splits[str(row.get("split"))].append(row)
+    return {row["task_id"]: row for rows in splits.values() for row in rows[:per_split]}
 
 
 def read_personas(path):
     """{persona_id: row} with `persona_id`, `split`, `name`, `persona`."""
-    fields = {"split": str, "name": str, "persona": str}
+    fields = dict.fromkeys(("split", "name", "persona"), str)
     return {row["persona_id"]: row for row in read_rows(path, {"persona_id": str}, fields)}
 
 
@@ -131,7 +116,7 @@ def read_gold(path, pairs=()):
              for row in read_rows(path, PAIR, {"gold": str})}
     for pair in pairs:
         if pair not in golds:
-            fail(f"{path}: no gold response for {pair}. Run gold.py on that split, with simulate.py's --limit and --seed.")
+            fail(f"{path}: no gold response for {pair}. Run gold.py on that split, with simulate.py's --limit, --seed.")
     return golds
 
 
@@ -159,10 +144,9 @@ def sample_pairs(pairs, limit, seed):
 
 # ---------------------------------------------------------------- settings: what an output was made with
 
-# Flags that change no row, but where it goes, how many there are, how fast they come and what they may cost. All other
-# flags are settings; so is a flag that a fork adds.
-NEUTRAL = {"output", "results", "limit", "metrics", "batch_size", "concurrency", "timeout", "max_refused", "prices",
-           "dry_run"}
+# Flags that change no row, but where it goes, how many there are and how fast they come. (What counts of --prompts is
+# their texts.) All other flags are settings; so is a flag that a fork adds.
+NEUTRAL = {"output", "results", "limit", "metrics", "batch_size", "concurrency", "timeout", "max_refused", "prompts"}
 
 
 def fingerprint(value):
@@ -174,54 +158,52 @@ def fingerprint(value):
         return "openai:" + fingerprint(served_model(value)[0])
     if not isinstance(value, str) or not Path(value).exists():
         return value
-    files = [Path(value)] if Path(value).is_file() else sorted(filter(Path.is_file, Path(value).iterdir()))
     content = hashlib.sha256()
-    for file in [file for file in files if file.name != "README.md"]:       # weights by size: log.jsonl tells the rest
-        weights = file.suffix in (".safetensors", ".bin")
+    for file in filter(Path.is_file, sorted(Path(value).glob("*")) or [Path(value)]):
+        weights = file.suffix in (".safetensors", ".bin")                   # by size: log.jsonl tells the rest
         content.update(file.name.encode() + (str(file.stat().st_size).encode() if weights else file.read_bytes()))
     return f"{Path(value).resolve().name} ({content.hexdigest()[:12]})"
 
 
-def settings_of(args, **more):
-    """{name: value} of all that decides a stage's rows: its flags, its source, and `more`, such as prompts."""
-    flags = {name: value if name in ("split", "variant", "task") else fingerprint(value)     # these name no file
-             for name, value in vars(args).items() if name not in NEUTRAL}
-    return json.loads(json.dumps({"source": [fingerprint(sys.argv[0]), fingerprint(__file__)], **flags, **more}))
+def name_of(model):
+    """A model's name without URL and hash: "mixtral" of "openai:mixtral@http://host/v1"."""
+    return re.sub(r"^openai:| \(\w{12}\)$", "", fingerprint(model))
+
+
+def settings_of(args, without=(), **more):
+    """{name: value} of all that decides a stage's rows: its flags but those of `without`, and `more`."""
+    flags = {name: value if name in ("split", "variant") else fingerprint(value)             # these name no file
+             for name, value in vars(args).items() if name not in NEUTRAL | {*without}}
+    return json.loads(json.dumps({**flags, **more}))
 
 
 def read_settings(output):
     """The settings with which a stage wrote an output; {} for files from elsewhere."""
-    path = Path(f"{output}.settings.json")
     try:
-        return dict(json.loads(path.read_text(encoding="utf-8"))) if path.exists() else {}
-    except (ValueError, TypeError):
-        fail(f"{path}: not as a stage writes it. Remove it, and what it belongs to.")
+        return dict(json.loads(Path(f"{output}.settings.json").read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError):
+        return {}
 
 
 def take_output(output, settings):
-    """Refuses what was made with other settings, or by somebody else; keeps other programs out of OUTPUT as long as the
-    returned file is open. OUTPUT.settings.json tells the settings."""
+    """Writes OUTPUT.settings.json, or refuses what is there: made with other settings, or by somebody else. Keeps other
+    programs out of OUTPUT as long as the returned file is open."""
     path, there = Path(f"{output}.settings.json"), Path(output).exists() or unfinished(output)
-    remove = f"Give another --output, or delete {output}, its .part-* and {path.name}."
-    if there and not path.exists():
-        fail(f"{output}: not written by this stage. {remove}")
     path.parent.mkdir(parents=True, exist_ok=True)
     lock = open(path, "a", encoding="utf-8")
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         fail(f"{output}: another run is writing it. Wait for that, or give another --output.")
+    old = read_settings(output)
+    differ = [f"{name}: {str(old.get(name))[:60]!r} there, {str(settings.get(name))[:60]!r} now"
+              for name in sorted({**old, **settings}) if old.get(name) != settings.get(name)]
+    if there and (differ or not old):
+        why = f"made with other settings: {'; '.join(differ)}" if old else "not written by this stage"
+        fail(f"{output}: {why}. Give another --output, or delete {output}, its .part-* and {path.name}.")
     if not there:
         lock.truncate(0)
         print(json.dumps(settings, indent=1, ensure_ascii=False), file=lock, flush=True)
-    old = read_settings(output)
-    differ = [f"{name}: {str(old.get(name))[:60]!r} there, {str(settings.get(name))[:60]!r} now"
-              for name in sorted({**old, **settings}) if old.get(name) != settings.get(name) and name != "source"]
-    if differ:
-        fail(f"{output}: made with other settings: {'; '.join(differ)}. {remove}")
-    if old["source"] != settings["source"]:
-        tqdm.write(f"warning: {output} was made by another version of {settings['source'][0].split()[0]} or common.py. "
-                   f"If that matters: {remove}", file=sys.stderr)
     return lock
 
 
@@ -240,21 +222,19 @@ class Rows(dict):
     """A stage's output {key: row}. PATH appears when the stage is finished, sorted by key. Until then each process adds
     what it has done to a PATH.part-* of its own; a stage that was killed reads its parts and goes on.
 
-    key: the names that tell rows apart; more: settings beside the flags. No dry run writes anything.
-    """
+    key: the names that tell rows apart; without: flags that these rows do not depend on; more: further settings."""
 
-    def __init__(self, args, path, key, processes, **more):
+    def __init__(self, args, path, key, processes, without=(), **more):
         self.args, self.path, self.key, self.processes = args, path, key, processes
         self.part = f"{path}.part-{uuid4().hex}"
         self.share = slice(processes.process_index, None, processes.num_processes)      # of the work: this process's
-        if processes.is_main_process and not args.dry_run:
-            self.lock = take_output(path, settings_of(args, **more))
-        processes.wait_for_everyone()
+        if processes.is_main_process:
+            self.lock = take_output(path, settings_of(args, without, **more))
         self._read()
-        processes.wait_for_everyone()                           # all have read before one of them adds
 
     def _read(self):
-        self.clear()
+        """Reads what all processes have written, while none of them writes."""
+        self.processes.wait_for_everyone()
         for file in filter(os.path.exists, (self.path, *unfinished(self.path))):
             for number, line in enumerate(open(file, "rb"), 1):
                 try:
@@ -263,6 +243,7 @@ class Rows(dict):
                 except (ValueError, KeyError, TypeError):
                     if line.endswith(b"\n"):                    # else a kill has torn it
                         fail(f"{file}, line {number}: not as this stage writes it. Remove that line.")
+        self.processes.wait_for_everyone()
 
     def add(self, row):
         """Saves a row at once."""
@@ -274,14 +255,12 @@ class Rows(dict):
 
     def finish(self):
         """Joins the parts of all processes into PATH, which is there then, if only as an empty file."""
-        self.processes.wait_for_everyone()
+        self._read()
         if self.processes.is_main_process:
-            self._read()
             write_whole(self.path, "".join(json.dumps(self[k], ensure_ascii=False) + "\n" for k in sorted(self)))
             for part in unfinished(self.path):
                 os.remove(part)
         self.processes.wait_for_everyone()
-        self._read()
         self.limit_refusals()
 
     def limit_refusals(self):
@@ -300,15 +279,39 @@ class Rows(dict):
 
 # ---------------------------------------------------------------- chats: lists of messages until the tokenizer
 
-def response_form(name, task, conversation, persona=None, prompt=None):
+def read_prompts(*names, folder=PROMPTS):
+    """{NAME: text} of the paper's prompts, word for word: FOLDER/NAME.txt, or prompts/NAME.txt where that is not there.
+    The stages fill in fields such as {task}; one that the paper's prompt does not have ends the program."""
+    texts = {}
+    for name in names if Path(folder).is_dir() else fail(f"--prompts {folder}: there is no such folder."):
+        path, paper = Path(folder, f"{name}.txt"), PROMPTS / f"{name}.txt"
+        texts[name], fields = read_text(path if path.exists() else paper), re.findall(r"{(\w+)}", read_text(paper))
+        try:
+            texts[name].format(**dict.fromkeys(fields, ""))
+        except (LookupError, ValueError) as error:
+            fail(f"{path}: {error!r}. Its fields are {fields}; a brace that is no field is written twice.")
+    return texts
+
+
+def read_text(path):
+    """A file's text, without the line feed at its end."""
+    try:
+        return Path(path).read_text(encoding="utf-8-sig").removesuffix("\n")
+    except UnicodeDecodeError as error:
+        fail(f"{path}: {error}. Save it as UTF-8.")
+
+
+FORM = read_prompts("response", "response_persona")             # figure 17
+
+
+def response_form(name, task, conversation, persona=None, prompt=None, form=FORM):
     """Figure 17: the conversation without the elicitation prompt, the task repeated at the end of the last answer, to
     ask for a response and not for another question. `select`, `train` and `evaluate` see a conversation in this form.
 
     No conversation: the negative control. A persona in the first turn: the positive control. A prompt stands first.
     """
-    about = f" Here is some information about me:\n\n{persona}" if persona is not None else ""
-    before = f"{prompt}\n\n" if prompt else ""
-    chat = [{"role": "user", "content": f"{before}My name is {name}.{about}\n\n{task}"}, *map(dict, conversation)]
+    first = form["response" if persona is None else "response_persona"].format(name=name, task=task, persona=persona)
+    chat = [{"role": "user", "content": f"{prompt}\n\n{first}" if prompt else first}, *map(dict, conversation)]
     if conversation:
         chat[-1]["content"] += f"\n\n{task}"
     return chat
@@ -326,16 +329,16 @@ def knows_system(tokenizer):
 
 def fold_system(chat):
     """Puts a system text into the first user message, for models that know no system role."""
-    if chat[0]["role"] != "system":
-        return chat
-    return [{"role": "user", "content": chat[0]["content"] + "\n\n" + chat[1]["content"]}, *chat[2:]]
+    first, *rest = chat
+    return chat if first["role"] != "system" else [
+        {"role": "user", "content": f"{first['content']}\n\n{rest[0]['content']}"}, *rest[1:]]
 
 
 @lru_cache
 def special_tokens(tokenizer):
-    """{token: id}: those that the tokenizer names, and those that only its file marks as special: some ends of turn."""
-    marked = {token.content: i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
-    return {**marked, **dict(zip(tokenizer.all_special_tokens, tokenizer.all_special_ids))}
+    """Those that the tokenizer names, and those that only its file marks as special: some ends of turn."""
+    marked = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
+    return [*marked, *tokenizer.all_special_tokens]
 
 
 def plain(tokenizer, chat):
@@ -347,72 +350,40 @@ def plain(tokenizer, chat):
     return [{**m, "content": m["content"].strip()} if m["role"] == "assistant" else m for m in chat]
 
 
-def render(tokenizer, chat, ask=False):
-    """A chat as its template writes it; `ask` ends it with the invitation to the assistant."""
-    try:
-        return tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=ask)
-    except Exception as error:      # templates raise jinja2's errors of many kinds
-        fail(f"{tokenizer.name_or_path}: its chat template cannot render a conversation ({error}). Use another model.")
-
-
-def encode(tokenizer, text):
-    """(ids, [(first, end) characters of each]) of a rendered chat, in which the template has written BOS."""
-    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-    if encoded["input_ids"][:2] == [tokenizer.bos_token_id] * 2:
-        fail(f"{tokenizer.name_or_path}: BOS stands twice at the beginning of a chat. Correct its chat template.")
-    return encoded["input_ids"], encoded["offset_mapping"]
-
-
 def prompt_ids(tokenizer, chat):
     """The ids of a chat that ends with the user, ready for the assistant to go on."""
-    return encode(tokenizer, render(tokenizer, plain(tokenizer, chat), ask=True))[0]
+    return tokenizer.apply_chat_template(plain(tokenizer, chat), add_generation_prompt=True, return_dict=False)
 
 
-def assistant_turns(tokenizer, chat, last_only=False):
-    """The ids of a whole chat and, for each assistant turn (or the last alone), its range of tokens: (first, end of its
-    text, end with its end-of-turn token).
-
-    Found by characters: tokenizers merge across the border of a turn. None where a template shows a turn otherwise in
-    the whole chat than when it was to be said (thinking models drop or add thoughts); of the last turn an error.
-    """
-    chat, mark, turns = plain(tokenizer, chat), f"({seed_for(chat)})", []       # a text that no chat has
-    text = render(tokenizer, chat)
-    ids, spans = encode(tokenizer, text)
-    begins, ends = zip(*spans)
-    for i in [i for i, message in enumerate(chat) if message["role"] == "assistant"][-1 if last_only else 0:]:
-        said, marked = chat[i]["content"], [*chat[:i], {"role": "assistant", "content": mark}]
-        before = render(tokenizer, chat[:i], ask=True)
-        start = render(tokenizer, [*marked, *chat[i + 1:]]).find(mark)      # where the text begins, after a thought
-        stop = start + len(said)
-        if not text.startswith(before) or start < len(before) or text[start:stop] != said:
-            return None if not last_only else fail(
-                f"{tokenizer.name_or_path}: its chat template invites the assistant to another beginning than it shows "
-                "of the answer, a thought perhaps. Use a template without one.")
-        if not text[len(before):start].strip():
-            start = len(before)                                 # a blank before the text belongs to the turn
-        first = bisect_right(ends, start)
-        end = max(first, bisect_left(begins, stop)) if said else first
-        close = next((t for t in range(end, len(ids)) if text[slice(*spans[t])].strip()), end)
-        has_end = render(tokenizer, marked).partition(mark)[2].strip()      # some templates have no end of turn
-        ended = has_end and close < len(ids) and ids[close] in special_tokens(tokenizer).values()
-        turns.append((first, end, close + 1 if ended else end))
-    return ids, turns
-
-
-def training_examples(tokenizer, chat):
-    """[(ids, labels)] of a chat: one example, in which labels are the ids on every assistant turn with its end-of-turn
-    token, and -100 elsewhere. Where a template rewrites what came before, an example for each turn, as it was said."""
-    whole = assistant_turns(tokenizer, chat)
-    examples = [whole] if whole else [assistant_turns(tokenizer, chat[:i + 1], last_only=True)
-                                      for i, message in enumerate(chat) if message["role"] == "assistant"]
-    return [(ids, [token if any(first <= t < close for first, _, close in turns) else -100
-                   for t, token in enumerate(ids)]) for ids, turns in examples]
+def last_turn(tokenizer, chat):
+    """(ids, first, end, close) of a chat that ends with the assistant, whose text is ids[first:end], and with its
+    end-of-turn token, if the template writes one, ids[first:close]. Found by characters: tokenizers merge across the
+    border of a turn."""
+    *before, answer = plain(tokenizer, chat)
+    said, mark = answer["content"], f"({seed_for(chat)})"                           # the mark: a text that no chat has
+    render = partial(tokenizer.apply_chat_template, tokenize=False)
+    invited, text = render(before, add_generation_prompt=True), render([*before, answer])
+    marked = render([*before, {**answer, "content": mark}])
+    start = marked.find(mark)                                                       # after a thought, in some templates
+    stop = start + len(said)
+    if not text.startswith(invited) or start < len(invited) or text[start:stop] != said:
+        fail(f"{tokenizer.name_or_path}: its chat template invites the assistant to another beginning than it shows of "
+             "the answer, a thought perhaps. Use a template without one.")
+    if not text[len(invited):start].strip():
+        start = len(invited)                                    # a blank before the text belongs to the turn
+    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+    ids, (begins, ends) = encoded["input_ids"], zip(*encoded["offset_mapping"])
+    first = sum(e <= start for e in ends)
+    end = max(first, sum(b < stop for b in begins)) if said else first
+    close = next((t for t in range(end, len(ids)) if text[begins[t]:ends[t]].strip()), end)
+    ended = close < len(ids) and tokenizer.convert_ids_to_tokens(ids[close]) in special_tokens(tokenizer)
+    return ids, first, end, close + 1 if ended else end
 
 
 def scored_ids(tokenizer, chat):
     """(ids, n) for `score`: ids end with the last token of the last assistant turn's text, of which there are n; the
     end-of-turn token is not counted (the published run counted neither BOS nor EOS)."""
-    ids, ((first, end, _),) = assistant_turns(tokenizer, chat, last_only=True)
+    ids, first, end, _ = last_turn(tokenizer, chat)
     return ids[:end], end - first
 
 
@@ -421,6 +392,7 @@ def scored_ids(tokenizer, chat):
 class Request(NamedTuple):
     chat: list                      # messages; ends with the user
     seed: int = 0                   # the randomness of this one reply
+    group: Any = None               # requests of one group begin alike: what they share is computed once
 
 
 class Reply(NamedTuple):
@@ -437,23 +409,8 @@ def start_processes():
 
 
 def open_model(spec, args, processes):
-    """A model by its string: "openai:MODEL", "openai:MODEL@URL", "human", a local folder or a hub name."""
-    if spec == "human":
-        from human import Human
-        return Human(processes)
+    """A model by its string: "openai:MODEL", "openai:MODEL@URL", a local folder or a hub name."""
     return ServerModel(spec, args) if spec.startswith("openai:") else LocalModel(spec, args, processes.device)
-
-
-def read_completion(answer):
-    """A chat completion -> Reply. A filtered, declined or empty answer is a refusal; what is no completion raises."""
-    if not answer.choices:
-        raise ValueError(getattr(answer, "error", None) or "no choices")
-    choice = answer.choices[0]
-    text, refusal = ((said or "").strip().encode("utf-8", "replace").decode()               # no half of a character
-                     for said in (choice.message.content, choice.message.refusal))
-    refused = refusal or ("content_filter (answer)" if choice.finish_reason == "content_filter" else
-                          f"empty (finish_reason {choice.finish_reason})" if not text else None)
-    return Reply("" if refused else text, refused, choice.finish_reason == "length" and not refused)
 
 
 def served_model(spec):
@@ -474,139 +431,129 @@ class ServerModel:
             fail(f"openai:{self.name}: a password or key in a URL would be shown. Set SERVER_API_KEY to it.")
         variable = "SERVER_API_KEY" if url else "OPENAI_API_KEY"
         self.key = os.environ.get(variable, "").strip()
-        no_proxy = os.environ.get("no_proxy") or os.environ.get("NO_PROXY") or ""
-        os.environ["no_proxy"] = f"{no_proxy},127.0.0.1,localhost"          # loopback does not go through a proxy
-        self.pool = ThreadPoolExecutor(args.concurrency)        # one, though simulate.py has two threads that ask
+        self.failure, self.pool = None, ThreadPoolExecutor(args.concurrency)   # one pool, of simulate.py's two threads
         self.client = OpenAI(base_url=url, timeout=args.timeout, max_retries=8, api_key=self.key or f"set {variable}")
 
     def _mask(self, text):
-        return text.replace(self.key, "***") if text and self.key else text
+        """A server's text without the key, and without halves of a character."""
+        text = text.encode("utf-8", "replace").decode()
+        return text.replace(self.key, "***") if self.key else text
+
+    def _reply(self, answer):
+        """A chat completion -> Reply. A filtered, declined or empty answer is a refusal."""
+        if not answer.choices:
+            raise ValueError(getattr(answer, "error", None) or "no choices")
+        said, end = answer.choices[0].message, answer.choices[0].finish_reason
+        text, refusal = (self._mask((part or "").strip()) for part in (said.content, said.refusal))
+        if refusal or end == "content_filter" or not text:
+            reason = "content_filter (answer)" if end == "content_filter" else f"empty (finish_reason {end})"
+            return Reply("", refusal or reason)
+        return Reply(text, cut=end == "length")
 
     def _ask(self, request, temperature, top_p, max_tokens):
-        from openai import APIConnectionError, OpenAIError
+        """The Reply; None after an error, which is kept in self.failure, and ends all that is not under way yet."""
+        from openai import APIConnectionError, APIStatusError, InternalServerError, OpenAIError, RateLimitError
         chat = fold_system(request.chat) if self.args.system == "fold" else request.chat
         more = {"temperature": temperature, "top_p": top_p, "max_tokens": max_tokens, "seed": request.seed,
                 **self.args.extra}                              # {"max_tokens": null} takes an argument away
         try:
-            reply = read_completion(self.client.chat.completions.create(
+            return None if self.failure else self._reply(self.client.chat.completions.create(
                 model=self.name, messages=chat, extra_body={k: v for k, v in more.items() if v is not None}))
-            return reply._replace(text=self._mask(reply.text), refused=self._mask(reply.refused))
         except OpenAIError as error:
             if getattr(error, "code", None) in ("content_filter", "invalid_prompt"):       # Azure's and OpenAI's
                 return Reply("", f"{error.code} (prompt)")
-            status = getattr(error, "status_code", 0)
-            away = isinstance(error, APIConnectionError) or status == 429 or status >= 500
-            said = f"{status} {error.response.text}" if status else error
-            raise (ConnectionError if away else OSError)(self._mask(
-                f"{self.spec}: {said} (--extra changes a request's arguments, --system fold its system text; lower "
-                "--concurrency if there are too many)"))
+            away = isinstance(error, (APIConnectionError, InternalServerError, RateLimitError))
+            said = f"{error.status_code} {error.response.text}" if isinstance(error, APIStatusError) else error
+            self.failure = (ConnectionError if away else OSError)(self._mask(
+                f"{self.spec}: {said} (--extra, --system fold and --concurrency change what is sent)"))
         except (ValueError, TypeError, AttributeError, LookupError) as error:
-            raise OSError(self._mask(f"{self.spec}: sends what is no chat completion ({error}); is the URL right?"))
+            self.failure = OSError(self._mask(f"{self.spec}: sends no chat completion ({error}); is the URL right?"))
 
     def generate(self, requests, temperature, top_p, max_tokens, skip=(), share=slice(None)):
         """{key: Request} -> yields (key, Reply) as answers arrive, with at most --concurrency requests under way.
         `skip`: keys that need no reply; `share`: which of the others are this process's. After an error, what is under
         way, and paid for, still comes."""
-        asked, failures = {}, []
-
-        def ask(request):
-            try:
-                return None if failures else self._ask(request, temperature, top_p, max_tokens)
-            except OSError as error:
-                failures.append(error)
-
+        asked = {self.pool.submit(self._ask, requests[key], temperature, top_p, max_tokens): key
+                 for key in [key for key in requests if key not in skip][share]}
         try:
-            asked = {self.pool.submit(ask, requests[key]): key
-                     for key in [key for key in requests if key not in skip][share]}
-            for future in as_completed(asked):
-                if future.result():
-                    yield asked[future], future.result()
+            yield from ((asked[future], reply) for future in as_completed(asked) if (reply := future.result()))
         finally:
             for future in asked:
                 future.cancel()
-        if failures:
-            raise failures[0]
-
-
-ONE_DEVICE = Lock()                 # simulate.py's two threads share it
+        if self.failure:
+            raise self.failure
 
 
 class LocalModel:
     """A Hugging Face causal language model with its tokenizer, on this process's device."""
+    one_at_a_time = Lock()              # simulate.py's two threads share the device
 
     def __init__(self, path, args, device):
         self.name, self.batch_size = path, args.batch_size
         self.model, self.tokenizer = load_model(path, args.dtype), load_tokenizer(path)
         self.model.to(device).eval().requires_grad_(False)
-        self.room = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)      # tokens
+        self.room = getattr(self.model.config.get_text_config(), "max_position_embeddings", 0) or np.inf     # tokens
         # What ends an answer: the checkpoint's tokens, the tokenizer's, and the template's end of turn.
         own, hi = self.model.generation_config.eos_token_id, [{"role": "user", "content": "Hi"}]
-        ids, ((_, end, close),) = assistant_turns(self.tokenizer, [*hi, {**hi[0], "role": "assistant"}], last_only=True)
+        ids, _, end, close = last_turn(self.tokenizer, [*hi, {**hi[0], "role": "assistant"}])
         self.stops = {self.tokenizer.eos_token_id, *(own if isinstance(own, list) else [own]), *ids[end:close][-1:]}
 
     def _left_pad(self, rows):
         """Lists of ids -> ids and mask, each (B, L), padded on the left: rows end in the last column. The mask hides
         the padding, so that any id will do for it."""
         import torch
-        from torch.nn.utils.rnn import pad_sequence
-        rows = [torch.tensor(row, dtype=torch.long) for row in rows]
-        return [pad_sequence(part, batch_first=True, padding_side="left").to(self.model.device)
-                for part in (rows, [torch.ones_like(row) for row in rows])]
+        width = max(map(len, rows))
+        ids = torch.tensor([[-1] * (width - len(row)) + row for row in rows], device=self.model.device).long()
+        return ids.clamp(min=0), (ids >= 0).long()
 
     def generate(self, requests, temperature, top_p, max_tokens, skip=(), share=slice(None)):
         """{key: Request} -> yields (key, Reply), batch by batch; `skip`, `share` as in ServerModel. Batches are cut
         from all requests, so that a restart computes the same matrices. A prompt that is too long is refused."""
-        import torch
         prompts = {key: prompt_ids(self.tokenizer, request.chat) for key, request in requests.items()}
-        opening = {key: request.chat[0]["content"] for key, request in requests.items()}       # the same stay together
-        order = sorted(prompts, key=lambda key: (-len(opening[key]), opening[key], -len(prompts[key])))
-        batches = [order[i:i + self.batch_size] for i in range(0, len(order), self.batch_size)]
+        order = sorted(prompts, key=lambda key: -len(prompts[key]))
+        too_long = sum(len(ids) + max_tokens > self.room for ids in prompts.values())
+        for key in order[:too_long][share]:
+            yield key, Reply("", f"too long: {len(prompts[key])} + {max_tokens} tokens, room for {self.room}")
+        batches = [order[i:i + self.batch_size] for i in range(too_long, len(order), self.batch_size)]
         for batch in [batch for batch in batches if not all(key in skip for key in batch)][share]:
-            fitting = [key for key in batch if not self.room or len(prompts[key]) + max_tokens <= self.room]
-            for key in set(batch) - set(fitting):
-                yield key, Reply("", f"too long: {len(prompts[key])} + {max_tokens} tokens, room for {self.room}")
-            if fitting:
-                draws = np.stack([np.random.default_rng(requests[key].seed).random(max_tokens) for key in fitting])
-                with ONE_DEVICE:
-                    answers = self._answer([prompts[key] for key in fitting], [opening[key] for key in fitting],
-                                           torch.from_numpy(draws).to(self.model.device), temperature, top_p)
-                for key, tokens in zip(fitting, answers):
-                    cut = tokens[-1] not in self.stops
-                    text = self.tokenizer.decode(tokens[:None if cut else -1], skip_special_tokens=True)
-                    yield key, Reply(text.strip(), cut=cut)
+            draws = [np.random.default_rng(requests[key].seed).random(max_tokens) for key in batch]
+            groups = [requests[key].group or key for key in batch]
+            with self.one_at_a_time:
+                said = self._answer([prompts[key] for key in batch], groups, np.stack(draws), temperature, top_p)
+            for key, tokens in zip(batch, said):
+                cut = tokens[-1] not in self.stops
+                text = self.tokenizer.decode(tokens[:None if cut else -1], skip_special_tokens=True)
+                yield key, Reply(text.strip(), cut=cut)
 
-    def _prefill(self, prompts, openings):
+    def _prefill(self, prompts, groups):
         """B lists of ids -> (cache, ids (B, L), mask): ids are what the cache does not hold yet, at least one a row.
-        What prompts with one opening share (a pair's samples: elicitation prompt and task) is computed once."""
+        What all prompts of a group begin with (a pair's samples: persona, task, elicitation) is computed once."""
         import torch
         from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
         cache = DynamicCache(config=self.model.config)
         kinds = {type(layer) for layer in cache.layers}
         if getattr(self.model, "_is_stateful", False) or not kinds <= {DynamicLayer, DynamicSlidingWindowLayer}:
-            fail(f"{self.name}: padding would change the state of its layers (Mamba, linear attention). Serve it: "
-                 "openai:MODEL@URL.")
+            fail(f"{self.name}: padding would change the state of its layers (as Mamba's). Serve it: openai:MODEL@URL.")
         # Sharing puts padding inside a row, between opening and rest. Rotary positions skip it; a sliding window, ALiBi
         # and learned local attention count its columns.
         if kinds != {DynamicLayer} or not getattr(self.model.config.get_text_config(), "rope_parameters", None):
-            openings = range(len(prompts))
-        shared = {o: os.path.commonprefix([prompt[:-1] for prompt, other in zip(prompts, openings) if other == o])
-                 for o in openings}
-        ids, mask = self._left_pad(list(shared.values()))                                    # (U, H): U openings
-        self.model(ids, attention_mask=mask, position_ids=positions(mask), past_key_values=cache, logits_to_keep=1)
-        opening_of = torch.tensor([list(shared).index(o) for o in openings], device=ids.device)
-        cache.batch_select_indices(opening_of)                                              # from U rows to B
-        ids, rest_mask = self._left_pad([p[len(shared[o]):] for p, o in zip(prompts, openings)])
-        return cache, ids, torch.cat([mask[opening_of], rest_mask], 1)
+            groups = range(len(prompts))
+        opening = {g: os.path.commonprefix([p[:-1] for p, of in zip(prompts, groups) if of == g]) for g in groups}
+        ids, mask = self._left_pad(opening.values())                                        # (U, H): U openings
+        self.model(ids, attention_mask=mask, position_ids=positions(mask), cache=cache, logits_to_keep=1)
+        row_of = torch.tensor([list(opening).index(g) for g in groups], device=ids.device)
+        cache.batch_select_indices(row_of)                                                  # from U rows to B
+        ids, rest_mask = self._left_pad([p[len(opening[g]):] for p, g in zip(prompts, groups)])
+        return cache, ids, torch.cat([mask[row_of], rest_mask], 1)
 
-    def _answer(self, prompts, openings, draws, temperature, top_p):
+    def _answer(self, prompts, groups, draws, temperature, top_p):
         """B lists of ids -> B lists of at most T new tokens, drawn by draws (B, T). A row leaves when it ends."""
         import torch
-        import torch.nn.functional as F
-        cache, ids, mask = self._prefill(prompts, openings)
-        said, rows = [[] for _ in prompts], list(range(len(prompts)))
+        cache, ids, mask = self._prefill(prompts, groups)
+        draws, said, rows = torch.tensor(draws, device=ids.device), [[] for _ in prompts], list(range(len(prompts)))
         for t in range(draws.shape[1]):                                                     # rows: those that go on
             logits = self.model(ids, attention_mask=mask, position_ids=positions(mask)[:, -ids.shape[1]:],
-                                past_key_values=cache, logits_to_keep=1).logits[:, -1]      # (B, V)
+                                cache=cache, logits_to_keep=1).logits[:, -1]                # (B, V)
             tokens = next_tokens(logits, draws[rows, t], temperature, top_p)                # (B,)
             for row, token in zip(rows, tokens.tolist()):
                 said[row].append(token)
@@ -615,23 +562,21 @@ class LocalModel:
                 break
             if len(going) < len(rows):
                 cache.batch_select_indices(torch.tensor(going, device=ids.device))
-            rows, ids, mask = [rows[b] for b in going], tokens[going, None], F.pad(mask[going], (0, 1), value=1)
+            rows, ids = [rows[b] for b in going], tokens[going, None]
+            mask = torch.cat([mask[going], torch.ones_like(ids)], 1)
         return said
 
     def score(self, examples, skip=(), share=slice(None)):
         """{key: (ids, n)} -> yields (key, log-probability in nats): the sum over the last n tokens of ids.
 
         Sorted by length, in batches of at most 256 tokens times --batch-size. Left padding lets all scored tokens end
-        in the last column, so that logits are computed for the last max(n) + 1 positions alone.
-        """
+        in the last column, so that logits are computed for the last max(n) + 1 positions alone."""
         import torch
-        import torch.nn.functional as F
         order, batches = sorted(examples, key=lambda key: -len(examples[key][0])), []
         while order:
             longest = len(examples[order[0]][0])
-            if self.room and longest > self.room:
-                fail(f"{self.name}: {longest} tokens are to be scored, but the model has room for {self.room}. Use "
-                     "shorter texts, or a model with a longer context.")
+            if longest > self.room:
+                fail(f"{self.name}: {longest} tokens are to be scored, it has room for {self.room}. Use another model.")
             size = max(1, 256 * self.batch_size // longest)
             batches.append(order[:size])
             order = order[size:]
@@ -641,8 +586,8 @@ class LocalModel:
             keep = int(n.max())
             logits = self.model(ids, attention_mask=mask, position_ids=positions(mask), use_cache=False,
                                 logits_to_keep=keep + 1).logits[:, -keep - 1:-1].float()              # (B, keep, V)
-            # log p(g_t | context, g_<t); columns left of a row's own n tokens belong to its context
-            log_p = -F.cross_entropy(logits.transpose(1, 2), ids[:, -keep:], reduction="none")        # (B, keep)
+            # (B, keep): log p(g_t | context, g_<t); columns left of a row's own n tokens belong to its context
+            log_p = -torch.nn.functional.cross_entropy(logits.transpose(1, 2), ids[:, -keep:], reduction="none")
             own = torch.arange(keep, 0, -1, device=ids.device) <= n[:, None]
             yield from zip(batch, torch.where(own, log_p.double(), 0.0).sum(1).tolist())
 
@@ -665,6 +610,8 @@ def next_tokens(logits, draws, temperature, top_p):
 
 def load(auto_class, path, **more):
     """`from_pretrained`, whose errors are of many kinds: no such folder, torn weights, sizes that do not fit."""
+    from transformers.utils import logging
+    (logging.disable_progress_bar if os.path.isdir(path) else logging.enable_progress_bar)()    # a bar of downloads
     try:
         return auto_class.from_pretrained(path, trust_remote_code=False, **more)
     except Exception as error:
@@ -673,9 +620,8 @@ def load(auto_class, path, **more):
 
 def load_model(path, dtype):
     """A causal language model by folder or hub name, in `dtype` ("float32", "bfloat16")."""
-    import torch
     from transformers import AutoModelForCausalLM
-    model, loaded = load(AutoModelForCausalLM, path, dtype=getattr(torch, dtype), output_loading_info=True)
+    model, loaded = load(AutoModelForCausalLM, path, dtype=dtype, output_loading_info=True)
     if loaded["missing_keys"]:                                  # transformers would draw them at random
         fail(f"{path}: weights are missing, such as {min(loaded['missing_keys'])}. The folder is incomplete.")
     return model
@@ -696,11 +642,9 @@ def answer_all(rows, requests, spec, sampling, what, fields):
     """Asks the model `spec` for each row that is not there yet, and saves its reply.
 
     requests: {key: Request}; sampling: (temperature, top_p, max_tokens); what: for the bar; fields: a function from a
-    key and its Reply to what the row says of it. Whether it was refused or cut is added.
-    """
-    todo, replies = [request.chat for key, request in requests.items() if key not in rows], ()
-    announce(rows, (spec, todo, sampling[-1]))
-    if todo:
+    key and its Reply to what the row says of it. Whether it was refused or cut is added."""
+    replies = ()
+    if not all(key in rows for key in requests):
         replies = open_model(spec, rows.args, rows.processes).generate(requests, *sampling, rows, rows.share)
     save_all(rows, requests, ((key, {**fields(key, reply), **{
         name: mark for name, mark in reply._asdict().items() if mark and name != "text"}})
@@ -709,7 +653,7 @@ def answer_all(rows, requests, spec, sampling, what, fields):
 
 def score_all(rows, keys, chat_of, spec):
     """Saves `log_prob` (nats; None if not finite) and `tokens` of the last turn of chat_of(key), for keys not there."""
-    if spec == "human" or spec.startswith("openai:"):
+    if spec.startswith("openai:"):
         fail(f"--base {spec}: gives no log-probabilities of a gold response. Give a folder or a hub name.")
     scores = ()
     if not all(key in rows for key in keys):
@@ -720,60 +664,20 @@ def score_all(rows, keys, chat_of, spec):
                           for key, p in scores), "gold log-probabilities")
 
 
-def save_blocks(rows, keys, blocks, work, what):
-    """Saves what work(block), a list of (key, fields), has for each block. Two blocks are under way: while a server
-    answers one, the other asks. A person answers one after the other, in this thread, where Ctrl-C is heard."""
-    pool, blocks = ThreadPoolExecutor(2), blocks[rows.share]
-    done = map(work, blocks) if has_human(rows.args) else (
-        block.result() for block in as_completed([pool.submit(work, block) for block in blocks]))
-    try:
-        save_all(rows, keys, (row for block in done for row in block), what)
-    finally:
-        pool.shutdown(wait=False, cancel_futures=True)
-
-
 def save_all(rows, keys, results, what):
     """Saves results, (key, fields of the row), as they come, under a progress bar."""
-    left, no_bar = len([key for key in keys if key not in rows][rows.share]), has_human(rows.args)
-    for key, fields in tqdm(results, what, left, unit="", disable=no_bar or not rows.processes.is_main_process):
+    left = len([key for key in keys if key not in rows][rows.share])
+    for key, fields in tqdm(results, what, left, unit="", disable=not rows.processes.is_main_process):
         if key not in rows:                                     # it may be there: its batch was half done
             rows.add({**dict(zip(rows.key, key)), **fields})
     rows.finish()
 
 
-def has_human(args):
-    """Whether a person plays a role: then no bar stands in the way, and one question comes after the other."""
-    models = [vars(args).get(role) for role in ("questioner", "model", "oracle", "judge", "inducer")]
-    users = vars(args).get("roleplayer")                        # models; of evaluate.py a label
-    return "human" in models or isinstance(users, list) and "human" in users
-
-
-def announce(rows, *asked):
-    """Says before the first paid call how many there will be, and what they may cost; --dry-run ends here. asked:
-    (model, prompts, max_tokens). Four characters are taken for a token, which is about right for English."""
-    for spec, chats, max_tokens in asked:
-        if chats and spec == "human":
-            say(rows.processes, f"human: {len(chats):,} answers; an empty line ends one, Ctrl-D the stage, which keeps "
-                                "what is finished")
-        if chats and spec.startswith("openai:"):
-            tokens = (sum(len(message["content"]) for chat in chats for message in chat) // 4,
-                      len(chats) * int(rows.args.extra.get("max_completion_tokens") or max_tokens))
-            dollars = rows.args.prices and sum(map(operator.mul, rows.args.prices, tokens)) / 1e6
-            say(rows.processes, f"openai:{served_model(spec)[0]}: {len(chats):,} calls, about {tokens[0]:,} tokens in "
-                                f"and at most {tokens[1]:,} out" + (f": ${dollars:,.2f}" if dollars else ""))
-    if rows.args.dry_run:
-        raise SystemExit(0)
-
-
-def lines_of(conversation):
-    """A conversation as lines of text."""
-    return [f"{turn['role']}: {turn['content']}" for turn in conversation]
-
-
 def say(processes, *lines):
-    """Prints on the main process alone."""
+    """Prints on the main process alone. A line is a text, or a turn of a conversation."""
     if processes.is_main_process:
-        print(*map(printable, lines), sep="\n", flush=True)
+        for line in lines:
+            print(printable(line if isinstance(line, str) else f"{line['role']}: {line['content']}"), flush=True)
 
 
 # ---------------------------------------------------------------- command line
@@ -781,10 +685,9 @@ def say(processes, *lines):
 def number(kind, low, high=2 ** 32 - 1):
     """An argparse type: an int or float from low to high."""
     def parse(text):
-        value = kind(text)
-        if not low <= value <= high:
-            raise argparse.ArgumentTypeError(f"{text} is not from {low} to {high}")
-        return value
+        if low <= kind(text) <= high:
+            return kind(text)
+        raise argparse.ArgumentTypeError(f"{text} is not from {low} to {high}")
     parse.__name__ = kind.__name__                              # for argparse's message
     return parse
 
@@ -803,17 +706,21 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescript
     pass
 
 
-def stage_parser(manual, output, limit="work on a seeded sample of N pairs"):
-    """The parser of a stage, with the flags that all stages have. manual: the stage's docstring."""
+def stage_parser(manual, output, limit="work on a seeded sample of N pairs", prompts=PROMPTS):
+    """The parser of a stage, with the flags that all stages have. manual: the stage's docstring. prompts: None where it
+    reads none."""
     parser = argparse.ArgumentParser(description=manual, formatter_class=HelpFormatter)
     parser.add_argument("--output", required=True, type=os.path.normpath, metavar="PATH", help=output)
     parser.add_argument("--seed", type=number(int, 0), default=42, help="of all randomness")
     parser.add_argument("--limit", type=natural, metavar="N", help=limit)
+    if prompts:
+        parser.add_argument("--prompts", default=prompts, metavar="FOLDER", help="of other texts for some of prompts/")
     return parser
 
 
 def add_data_flags(parser):
     parser.add_argument("--tasks", default="data/tasks.jsonl", help="tasks (JSONL)")
+    parser.add_argument("--tasks-per-split", type=natural, metavar="N", help="the first N tasks of each split alone")
     parser.add_argument("--personas", default="runs/personas.jsonl", help="personas (JSONL)")
 
 
@@ -821,17 +728,12 @@ def add_model_flags(parser, batch_size):
     group = parser.add_argument_group("local models (Hugging Face)")
     group.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="of the weights")
     group.add_argument("--batch-size", type=natural, default=batch_size, help="texts generated side by side")
-    group = parser.add_argument_group("servers (openai:MODEL, key from OPENAI_API_KEY, or openai:MODEL@URL, "
-                                      "key from SERVER_API_KEY)")
+    group = parser.add_argument_group("servers (openai:MODEL, with OPENAI_API_KEY; openai:MODEL@URL, SERVER_API_KEY)")
     group.add_argument("--system", choices=("role", "fold"), default="role",
                        help="send a system text as its own message, or fold it into the first user message")
     group.add_argument("--concurrency", type=natural, default=64, help="requests under way at a time, of each process")
     group.add_argument("--timeout", type=natural, default=120, help="seconds before a request is repeated")
     group.add_argument("--extra", type=json_object, default={}, metavar="JSON",
-                       help='more request arguments; null takes one away: '
-                            '{"max_tokens": null, "max_completion_tokens": 900}')
+                       help='more arguments, or (null) fewer: {"max_tokens": null, "max_completion_tokens": 900}')
     group.add_argument("--max-refused", type=fraction, default=0.05, metavar="SHARE",
                        help="of answers refused, empty, or (a judge's) unreadable; above it the stage ends with 1")
-    group.add_argument("--prices", type=amount, nargs=2, metavar=("IN", "OUT"),
-                       help="dollars for a million tokens: tells what the calls cost")
-    group.add_argument("--dry-run", action="store_true", help="say how many calls, and their highest cost, and stop")

@@ -16,18 +16,17 @@ import random
 import re
 from collections import Counter
 
-from common import (Request, Rows, add_model_flags, amount, answer_all, fail, natural, nucleus, read_prompt, read_rows,
-                    run, say, seed_for, stage_parser, start_processes)
+from common import (Request, Rows, add_model_flags, amount, answer_all, fail, natural, nucleus,
+                    read_prompts, read_rows, run, say, seed_for, stage_parser, start_processes)
 
-SYSTEM_PROMPT = read_prompt("persona_system")  # figure 8
-PROMPT = read_prompt("persona_user")  # figure 9
+PROMPTS = read_prompts("persona_system", "persona_user")        # figures 8 and 9
 
 
-def persona_request(examples, seed):
+def persona_request(examples, seed, prompts=PROMPTS):
     """The chat that asks for one persona, with two of the examples (texts) drawn at random without replacement."""
     shown = random.Random(seed).sample(examples, 2)
-    return Request([{"role": "system", "content": SYSTEM_PROMPT},
-                    {"role": "user", "content": "\n\n".join([PROMPT, *shown])}], seed)
+    return Request([{"role": "system", "content": prompts["persona_system"]},
+                    {"role": "user", "content": "\n\n".join([prompts["persona_user"], *shown])}], seed)
 
 
 def name_in(persona):
@@ -42,13 +41,13 @@ def name_in(persona):
 
 
 def persona_splits(text):
-    """"A=50,test=10" -> [("A00", "A"), ..., ("test09", "test")]."""
+    """"A=50,test=10" -> {"A": ["A00", ..., "A49"], "test": ["test00", ...]}."""
     sizes = dict(part.split("=") for part in text.split(","))
-    return [(f"{split}{i:02d}", split) for split, size in sizes.items() for i in range(natural(size))]
+    return {split: [f"{split}{i:02d}" for i in range(natural(size))] for split, size in sizes.items()}
 
 
 def parse_args():
-    parser = stage_parser(__doc__, "personas (JSONL)", "write the first N of the personas")
+    parser = stage_parser(__doc__, "personas (JSONL)", "write the first N of each split")
     parser.add_argument("--model", required=True, help="who writes; the paper: gpt-4-0613, which is no more")
     parser.add_argument("--examples", default="data/seed_personas.jsonl", help="two of them stand in each prompt")
     parser.add_argument("--splits", type=persona_splits, default="A=50,B=50,test=10", help="how many for each split")
@@ -65,17 +64,18 @@ def main():
     examples = [row["persona"] for row in read_rows(args.examples, {"persona_id": str}, {"persona": str})]
     if len(examples) < 2:
         fail(f"{args.examples}: each prompt shows two personas. Add some.")
-    processes, rejected = start_processes(), Counter()
+    prompts, processes, rejected = read_prompts(*PROMPTS, folder=args.prompts), start_processes(), Counter()
     # Every reply is kept: it was paid for, and who is accepted depends on the order of the personas, not on which reply
-    # was fastest. None: no setting, since more people or attempts may be wanted later.
-    settings = {"prompts": [SYSTEM_PROMPT, PROMPT], "splits": None, "attempts": None}
+    # was fastest. More people or attempts may be wanted later.
+    settings = {"without": ("splits", "attempts"), **prompts}
     rows = Rows(args, args.output, ("persona_id",), processes, **settings)
     replies = Rows(args, args.output.removesuffix(".jsonl") + ".replies.jsonl", ("persona_id", "attempt"), processes,
                    **settings)
     taken = {row["name"].lower(): row for row in rows.values()}
-    missing = [(persona_id, split) for persona_id, split in args.splits[:args.limit] if (persona_id,) not in rows]
+    missing = [(persona_id, split) for split, ids in args.splits.items() for persona_id in ids[:args.limit]
+               if (persona_id,) not in rows]
     for attempt in range(args.attempts if missing else 0):
-        requests = {(persona_id, attempt): persona_request(examples, seed_for(args.seed, persona_id, attempt))
+        requests = {(persona_id, attempt): persona_request(examples, seed_for(args.seed, persona_id, attempt), prompts)
                     for persona_id, _ in missing}
         answer_all(replies, requests, args.model, (args.temperature, args.top_p, args.max_tokens),
                    f"personas, attempt {attempt + 1}", lambda key, reply: {"reply": reply.text})

@@ -16,17 +16,17 @@ On a laptop, with the embedded world's server (toy/server.py) running:
 The paper's scale, 2 x 250 x 50 + 50 x 10 = 25,500 calls:
     python gold.py --oracle openai:MODEL --personas runs/paper/personas.jsonl --output runs/paper/gold.jsonl
 """
-from common import (PAIR, Request, Rows, add_data_flags, add_model_flags, all_pairs, amount, answer_all, natural,
-                    nucleus, read_personas, read_prompt, read_tasks, run, say, seed_for, stage_parser, start_processes)
+from common import (PAIR, Request, Rows, add_data_flags, add_model_flags, all_pairs, amount,
+                    answer_all, natural, nucleus, read_personas, read_prompts, read_tasks, run, say, seed_for,
+                    stage_parser, start_processes)
 
-SYSTEM_PROMPT = read_prompt("gold_system")  # figure 10
-PROMPT = read_prompt("gold_user")  # figure 11
+PROMPTS = read_prompts("gold_system", "gold_user")              # figures 10 and 11
 
 
-def oracle_chat(persona, task):
+def oracle_chat(persona, task, prompts=PROMPTS):
     """The Oracle's prompt: it sees the persona and the task, and no conversation."""
-    return [{"role": "system", "content": SYSTEM_PROMPT},
-            {"role": "user", "content": PROMPT.format(persona=persona, task=task)}]
+    return [{"role": "system", "content": prompts["gold_system"]},
+            {"role": "user", "content": prompts["gold_user"].format(persona=persona, task=task)}]
 
 
 def parse_args():
@@ -43,11 +43,11 @@ def parse_args():
 
 def main():
     args = parse_args()
-    tasks, personas, processes = read_tasks(args.tasks), read_personas(args.personas), start_processes()
+    tasks, personas = read_tasks(args.tasks, args.tasks_per_split), read_personas(args.personas)
+    prompts, processes = read_prompts(*PROMPTS, folder=args.prompts), start_processes()
     pairs = [pair for split in args.split for pair in all_pairs(tasks, personas, split, args.limit, args.seed)]
-    # `split` is no setting: golds of another split may be added.
-    rows = Rows(args, args.output, PAIR, processes, prompts=[SYSTEM_PROMPT, PROMPT], split=None)
-    requests = {(i, j): Request(oracle_chat(personas[j]["persona"], tasks[i]["task"]),
+    rows = Rows(args, args.output, PAIR, processes, without=("split",), **prompts)      # another split's may be added
+    requests = {(i, j): Request(oracle_chat(personas[j]["persona"], tasks[i]["task"], prompts),
                                 seed_for(args.seed, "gold", i, j)) for i, j in pairs}
 
     def fields(pair, reply):                                    # an empty gold would make any conversation the best

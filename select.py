@@ -4,11 +4,12 @@
     R_t = { Q_{t-1}(t_i, s*_ij) }                                  the regularisation: Q_{t-1}'s own greedy response
 
 No reward model, no advantage: a conversation is good if it makes the Oracle's gold response probable under the initial
-model. The paper's KL term, which keeps the model's responses where they were, is realised by training on its own ones.
+model. The paper's KL term keeps the model's responses where they were. Line 5 does that: its own are trained on.
 
     reads   --conversations  the rows of simulate.py          --gold  the rows of gold.py
     writes  --output         a conversation's row with "gold_log_prob": -351.2, "response": "Since you have a ..."
-            OUTPUT's neighbour .scores.jsonl, with {"task_id", "persona_id", "sample", "log_prob", "tokens"} for all
+            selected.scores.jsonl beside selected.jsonl, for all conversations, with
+            {"task_id", "persona_id", "sample", "log_prob", "tokens"}
 
 On a laptop (files from simulate.py's and gold.py's examples):
     python select.py --base toy/base --questioner toy/base --dtype float32 --tasks runs/t.jsonl \\
@@ -33,15 +34,10 @@ if __name__ == "select":
 else:
     from collections import defaultdict
 
-    from common import (Request, Rows, SAMPLE, add_data_flags, add_model_flags, announce, answer_all, fail, key_of,
-                        lines_of, natural, pair_of, read_conversations, read_gold, read_personas, read_tasks, read_text,
-                        response_form, run, sample_pairs, save_all, say, score_all, seed_for, stage_parser,
-                        start_processes)
-
-
-def gold_chat(name, task, conversation, gold):
-    """The chat whose last turn is scored: log p_QBASE(gold | task, conversation), on figure 17's form."""
-    return [*response_form(name, task, conversation), {"role": "assistant", "content": gold}]
+    from common import (FORM, Request, Rows, SAMPLE, add_data_flags, add_model_flags, answer_all,
+                        fail, key_of, natural, pair_of, read_conversations, read_gold, read_personas,
+                        read_prompts, read_tasks, read_text, response_form, run, sample_pairs, save_all, say, score_all,
+                        seed_for, stage_parser, start_processes)
 
 
 def select_best(log_probs, k):
@@ -53,11 +49,6 @@ def select_best(log_probs, k):
 def select_random(log_probs, k, seed):
     """The control for line 4: k of the same conversations, whatever their scores."""
     return sorted(log_probs, key=lambda c: (seed_for(seed, c), c))[:k]
-
-
-def response_chat(name, task, conversation, prompt=None):
-    """Line 5. What Q_{t-1} answers: figure 17's form, after the released code's prompt if there is one."""
-    return response_form(name, task, conversation, prompt=prompt)
 
 
 def parse_args():
@@ -77,29 +68,31 @@ def parse_args():
     return parser.parse_args()
 
 
+# On these log p_QBASE(gold | task, conversation) does not depend: another --pick computes no score anew.
+NOT_OF_SCORES = ("pick", "k", "questioner", "no_response", "response_prompt", "max_tokens", "system", "extra")
+
+
 def main():
     args = parse_args()
-    tasks, personas = read_tasks(args.tasks), read_personas(args.personas)
+    tasks, personas = read_tasks(args.tasks, args.tasks_per_split), read_personas(args.personas)
     all_conversations = read_conversations(args.conversations, tasks, personas)
     pairs = set(sample_pairs(map(pair_of, all_conversations), args.limit, args.seed))
     golds = read_gold(args.gold, pairs)
     rows = {key_of(row): row for row in all_conversations
             if "refused" not in row and pair_of(row) in pairs and golds[pair_of(row)]}
-    processes = start_processes()
-    scores = Rows(args, args.output.removesuffix(".jsonl") + ".scores.jsonl", SAMPLE, processes)
-    output = Rows(args, args.output, SAMPLE, processes)
+    prompts, processes = read_prompts(*FORM, folder=args.prompts), start_processes()
+    path = args.output.removesuffix(".jsonl") + ".scores.jsonl"
+    scores = Rows(args, path, SAMPLE, processes, NOT_OF_SCORES, **prompts)
+    output = Rows(args, args.output, SAMPLE, processes, **prompts)
     # Training leaves it out, so that part of the gain is this prompt, distilled.
-    prompt = args.response_prompt and read_text(args.response_prompt)
+    prompt = args.response_prompt and read_text(args.response_prompt).strip()
 
-    def form(row):
-        return personas[row["persona_id"]]["name"], tasks[row["task_id"]]["task"], row["conversation"]
-
-    if args.dry_run:                                            # nothing is scored: the first k stand for the best
-        announce(output, (args.questioner, [response_chat(*form(row), prompt) for key, row in rows.items()
-                                            if key[2] < args.k and not args.no_response], args.max_tokens))
+    def form(row, prompt=None):
+        return response_form(personas[row["persona_id"]]["name"], tasks[row["task_id"]]["task"], row["conversation"],
+                             prompt=prompt, form=prompts)
 
     # Line 4: log p_QBASE(g | t, s) of every conversation; the best of each pair.
-    score_all(scores, rows, lambda key: gold_chat(*form(rows[key]), golds[key[:2]]), args.base)
+    score_all(scores, rows, lambda key: [*form(rows[key]), {"role": "assistant", "content": golds[key[:2]]}], args.base)
     log_probs = defaultdict(dict)                               # pair -> {sample: log p(gold)}, those that are finite
     for key in rows:
         if scores[key]["log_prob"] is not None:
@@ -120,14 +113,14 @@ def main():
     if args.no_response:
         save_all(output, chosen, chosen.items() if processes.is_main_process else (), "selected")
     else:
-        answer_all(output, {key: Request(response_chat(*form(row), prompt)) for key, row in chosen.items()},
+        answer_all(output, {key: Request(form(row, prompt)) for key, row in chosen.items()},
                    args.questioner, (0.0, 1.0, args.max_tokens), "responses",
                    lambda key, reply: {**chosen[key], "response": reply.text})
     finite = [p for c in log_probs.values() for p in c.values()]
     kept = [row["gold_log_prob"] for row in chosen.values()]
     row = output[min(chosen)]
     others = ", ".join(f"{p:.2f}" for p in sorted(log_probs[pair_of(row)].values()))
-    say(processes, "", tasks[row["task_id"]]["task"], *lines_of(row["conversation"]),
+    say(processes, "", tasks[row["task_id"]]["task"], *row["conversation"],
         f"response: {row['response']}", f"log p(gold) = {row['gold_log_prob']:.2f}, chosen from {others}", "",
         f"{output.summary()}; mean log p(gold) {sum(kept) / len(kept):.2f} of {sum(finite) / len(finite):.2f} over all "
         f"{len(rows)}; left out: {sum(pair_of(row) in pairs for row in all_conversations) - len(rows)} conversations "

@@ -2,12 +2,11 @@
 
     { s_ij^c },  c = 1..n   <-   Q_{t-1} talking with the Roleplayer about (task i, persona j)
 
-For each (task, persona) pair, n = 10 conversations of 1 to K = 3 questions. The length is drawn once for a pair, so
-that its conversations compare, and by a hash, so that every model and iteration meets the same lengths. The random
-numbers of a question are drawn so too: Q_BASE and Q_t, sampled with the same numbers, differ by what they learned.
-The Questioner is told the user's name and the task, and to ask; it never sees the persona.
-
-Several Roleplayers share the pairs, by weight and by a hash. `--roleplayer human` is you, at the terminal.
+For each (task, persona) pair, n = 10 conversations of 1 to K = 3 questions. All conversations of a pair have the same
+length, which a hash of the pair draws: every model and every iteration meets the same lengths. A hash draws the random
+numbers of each question, too. So Q_BASE and Q_t are sampled with the same numbers, and differ by what Q_t has learned.
+The Questioner is told the user's name and the task, and to ask; it never sees the persona. If there are several
+Roleplayers, a hash of the pair says who answers it.
 
     reads   --tasks     {"task_id": "A000", "split": "A", "task": "How do I start a small herb garden?"}
             --personas  {"persona_id": "A00", "split": "A", "name": "June", "persona": "I'm June. ..."}
@@ -24,15 +23,14 @@ The paper's scale, 250 x 50 x 10 = 125,000 conversations (and the Roleplayer on 
         --personas runs/paper/personas.jsonl --split A --output runs/paper/base/conversations.jsonl
 """
 from collections import defaultdict
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from random import Random
 
-from common import (Request, Rows, SAMPLE, add_data_flags, add_model_flags, all_pairs, amount, announce, has_human,
-                    lines_of, natural, nucleus, open_model, read_personas, read_prompt, read_tasks, response_form, run,
-                    save_blocks, say, seed_for, stage_parser, start_processes)
-from users import add_user_flags, read_users, user_of, users_setting
+from common import (Request, Rows, SAMPLE, add_data_flags, add_model_flags, all_pairs, amount, fail,
+                    name_of, natural, nucleus, open_model, read_personas, read_prompts, read_tasks, run,
+                    save_all, say, seed_for, stage_parser, start_processes)
 
-ELICITATION_PROMPT = read_prompt("elicitation")  # figure 14
-ROLEPLAYER_SYSTEM_PROMPT = read_prompt("roleplayer_system")  # figure 12
-ROLEPLAYER_PROMPT = read_prompt("roleplayer_user")  # figure 13
+PROMPTS = read_prompts("elicitation", "roleplayer_system", "roleplayer_user")   # figures 14, 12 and 13
 
 
 def number_of_turns(task_id, persona_id, K, seed):
@@ -40,17 +38,22 @@ def number_of_turns(task_id, persona_id, K, seed):
     return 1 + seed_for(seed, "turns", task_id, persona_id) % K
 
 
-def questioner_chat(name, task, conversation):
+def questioner_chat(name, task, conversation, prompts=PROMPTS):
     """What the Questioner sees: the elicitation prompt, then its questions and the user's answers as plain turns."""
-    return [{"role": "user", "content": ELICITATION_PROMPT.format(name=name, task=task)}, *conversation]
+    return [{"role": "user", "content": prompts["elicitation"].format(name=name, task=task)}, *conversation]
 
 
-def roleplayer_chat(persona, task, conversation, prompt=ROLEPLAYER_PROMPT):
+def roleplayer_chat(persona, task, conversation, prompts=PROMPTS):
     """What the Roleplayer sees: the persona and the history, which ends with the question to be answered."""
     speaker = {"assistant": "AI Assistant", "user": "You"}
     history = "\n".join(f"{speaker[turn['role']]}: {turn['content']}" for turn in conversation)
-    return [{"role": "system", "content": ROLEPLAYER_SYSTEM_PROMPT},
-            {"role": "user", "content": prompt.format(persona=persona, task=task, conversation=history)}]
+    return [{"role": "system", "content": prompts["roleplayer_system"]}, {"role": "user", "content":
+            prompts["roleplayer_user"].format(persona=persona, task=task, conversation=history)}]
+
+
+def user_of(task_id, persona_id, roleplayers, seed):
+    """Which of several Roleplayers answers all conversations of a pair: the same for every model and iteration."""
+    return Random(seed_for(seed, "roleplayer", task_id, persona_id)).choices(roleplayers)[0]
 
 
 def simulate(rows, ask, answer):
@@ -72,13 +75,22 @@ def simulate(rows, ask, answer):
                         rows[key]["cut"] = rows[key].get("cut", 0) + 1
 
 
+def save_blocks(rows, keys, blocks, work, what):
+    """Saves what work(block), a list of (key, fields), has for each block. Two blocks are under way: while a server
+    answers one, the other asks. With --batch-size 1 it is one: a person answers one conversation after the other."""
+    pool, blocks = ThreadPoolExecutor(min(2, rows.args.batch_size)), blocks[rows.share]
+    done = as_completed([pool.submit(work, block) for block in blocks])
+    try:
+        save_all(rows, keys, (row for block in done for row in block.result()), what)
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
+
+
 def parse_args():
     parser = stage_parser(__doc__, "conversations (JSONL)")
     parser.add_argument("--questioner", default="mistralai/Mistral-7B-Instruct-v0.2", help="Q_{t-1} asks")
-    add_user_flags(parser, default=["mistralai/Mixtral-8x7B-Instruct-v0.1"],
-                   help="plays the user; several share the pairs")
-    parser.add_argument("--task", metavar="TEXT", help="one conversation about a request of your own, and its answer; "
-                                                       "with --roleplayer human")
+    parser.add_argument("--roleplayer", nargs="+", metavar="MODEL", default=["mistralai/Mixtral-8x7B-Instruct-v0.1"],
+                        help="plays the user; several share the pairs evenly")
     add_data_flags(parser)
     parser.add_argument("--split", default="A", help="A, B, A for iterations 1, 2, 3; test to evaluate")
     parser.add_argument("--samples", type=natural, default=10, metavar="n", help="conversations for each pair")
@@ -88,75 +100,51 @@ def parse_args():
     parser.add_argument("--roleplayer-temperature", type=amount, default=0.0, help="0: greedy")
     parser.add_argument("--max-tokens", type=natural, default=700, help="length of a question, and of an answer")
     add_model_flags(parser, batch_size=160)
-    args = parser.parse_args()
-    if args.task is not None:
-        parser.set_defaults(samples=1)
-        args = parser.parse_args()
-        if args.roleplayer != ["human"] or args.samples > 1 or args.roleplayer_prompt or not args.task.strip():
-            parser.error("--task is one talk about your own request: with --roleplayer human, without another prompt")
-    return args
+    return parser.parse_args()
 
 
 def main():
     args = parse_args()
-    if args.task:                                               # a person's own request, without a persona
-        tasks = personas = {"own": {"split": args.split, "task": args.task, "name": "User"}}
-    else:
-        tasks, personas = read_tasks(args.tasks), read_personas(args.personas)
-    users, processes = read_users(args, ROLEPLAYER_PROMPT), start_processes()
-    output = Rows(args, args.output, SAMPLE, processes, **users_setting(args, users),
-                  prompts=[ELICITATION_PROMPT, ROLEPLAYER_SYSTEM_PROMPT, ROLEPLAYER_PROMPT])
-    keys = [(*pair, sample) for pair in all_pairs(tasks, personas, args.split, args.limit, args.seed)
-            for sample in range(args.samples)]
-    turns = {key: args.max_turns if args.task else number_of_turns(*key[:2], args.max_turns, args.seed) for key in keys}
-    who = {key: user_of(users, args.seed, *key[:2]) for key in keys}
-    keys.sort(key=turns.get)                                    # stable; a block's conversations mostly have one length
+    names = {model: name_of(model) for model in args.roleplayer}
+    if len(set(names.values())) < len(args.roleplayer):
+        fail("--roleplayer: two have one name. Rename one: the rows tell them apart by name.")
+    tasks, personas = read_tasks(args.tasks, args.tasks_per_split), read_personas(args.personas)
+    prompts, processes = read_prompts(*PROMPTS, folder=args.prompts), start_processes()
+    output = Rows(args, args.output, SAMPLE, processes, **prompts)
+    pairs = all_pairs(tasks, personas, args.split, args.limit, args.seed)
+    turns = {pair: number_of_turns(*pair, args.max_turns, args.seed) for pair in pairs}
+    who = {pair: user_of(*pair, args.roleplayer, args.seed) for pair in pairs}
+    pairs.sort(key=turns.get)                                   # stable; a block's conversations mostly have one length
+    keys = [(*pair, sample) for pair in pairs for sample in range(args.samples)]
     # A block goes turn by turn, and is saved as a whole. A pair's n samples share it, and the beginning of a prompt.
-    size = 1 if has_human(args) else max(1, args.batch_size // args.samples) * args.samples
+    size = args.batch_size // args.samples * args.samples or args.batch_size
     blocks = [keys[i:i + size] for i in range(0, len(keys), size)]
     todo = [block for block in blocks if not all(key in output for key in block)]
+    models = {spec: open_model(spec, args, processes) for spec in {args.questioner, *who.values()} if todo}
 
     def ask(alive, turn):
         return models[args.questioner].generate({key: Request(
-            questioner_chat(personas[key[1]]["name"], tasks[key[0]]["task"], row["conversation"]),
-            seed_for(args.seed, "ask", *key, turn)) for key, row in alive.items()},
+            questioner_chat(personas[key[1]]["name"], tasks[key[0]]["task"], row["conversation"], prompts),
+            seed_for(args.seed, "ask", *key, turn), key[:2]) for key, row in alive.items()},
             args.temperature, args.top_p, args.max_tokens)
 
-    def seen_by_user(key, conversation=()):
-        if args.task:
-            return list(conversation[-1:]) or questioner_chat("User", args.task, [])       # the question, and no more
-        return roleplayer_chat(personas[key[1]]["persona"], tasks[key[0]]["task"], conversation, who[key].prompt)
-
     def answer(alive, turn):
-        for model in dict.fromkeys(who[key].model for key in alive):
-            yield from models[model].generate({key: Request(
-                seen_by_user(key, row["conversation"]), seed_for(args.seed, "answer", *key, turn))
-                for key, row in alive.items() if who[key].model == model},
-                args.roleplayer_temperature, args.top_p, args.max_tokens)
-
-    # An estimate: the history is not known yet, and the Questioner's prompts are about as long.
-    prompts = defaultdict(list)
-    for key in (key for block in todo for key in block):
-        prompts[who[key].model] += [seen_by_user(key)] * turns[key]
-    answers = [response_form("User", args.task, [])] * bool(args.task)             # what it was all for
-    announce(output, (args.questioner, sum(prompts.values(), answers), args.max_tokens),
-             *((model, prompts[model], args.max_tokens) for model in prompts))
-    models = {spec: open_model(spec, args, processes) for spec in {args.questioner, *prompts} if todo or args.task}
-    del prompts                                                 # 250,000 texts at the paper's scale
+        requests = defaultdict(dict)                            # model -> {key: Request}
+        for key, row in alive.items():
+            requests[who[key[:2]]][key] = Request(
+                roleplayer_chat(personas[key[1]]["persona"], tasks[key[0]]["task"], row["conversation"], prompts),
+                seed_for(args.seed, "answer", *key, turn), key[:2])
+        for model in requests:
+            yield from models[model].generate(requests[model], args.roleplayer_temperature, args.top_p, args.max_tokens)
 
     def simulate_block(block):
-        rows = {key: {"split": args.split, "turns": turns[key], "roleplayer": who[key].name, "conversation": []}
-                for key in block}
+        rows = {key: {"split": args.split, "turns": turns[key[:2]], "roleplayer": names[who[key[:2]]],
+                      "conversation": []} for key in block}
         simulate(rows, ask, answer)
         return rows.items()
 
     save_blocks(output, keys, todo, simulate_block, "conversations")
-    talk = output[keys[0]]["conversation"]
-    if args.task and "refused" not in output[keys[0]]:
-        answer = {0: Request(response_form("User", args.task, talk))}
-        (_, reply), = models[args.questioner].generate(answer, 0.0, args.top_p, args.max_tokens)
-        talk = [{"role": "assistant", "content": reply.text or reply.refused}]
-    say(processes, "", tasks[keys[0][0]]["task"], *lines_of(talk), "", output.summary())
+    say(processes, "", tasks[keys[0][0]]["task"], *output[keys[0]]["conversation"], "", output.summary())
 
 
 if __name__ == "__main__":

@@ -23,26 +23,39 @@ import json
 import math
 import os
 import shutil
-import subprocess
 from collections import defaultdict
-from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from torch.distributed.tensor import DTensor
 from torch.nn.utils.rnn import pad_sequence
 
-from common import (add_data_flags, amount, fail, fraction, load_model, load_tokenizer, natural, pair_of,
-                    read_conversations, read_gold, read_personas, read_tasks, response_form, run, sample_pairs, say,
-                    scored_ids, settings_of, stage_parser, start_processes, take_output, tqdm, training_examples)
-from rounding import StochasticAdamW
+from common import (FORM, add_data_flags, amount, fail, fraction, last_turn, load_model,
+                    load_tokenizer, natural, pair_of, read_conversations, read_gold, read_personas, read_prompts,
+                    read_tasks, response_form, run, sample_pairs, say, scored_ids, settings_of, stage_parser,
+                    start_processes, take_output, tqdm)
 
 
-def example_chat(name, task, conversation, response=None):
+def example_chat(name, task, conversation, response=None, form=FORM):
     """One training example: figure 17's form with the response at its end; without one (`--target none`) it ends with
     the last question, since nothing after that is learned from."""
-    form = response_form(name, task, conversation)
-    return form[:-1] if response is None else [*form, {"role": "assistant", "content": response}]
+    chat = response_form(name, task, conversation, form=form)
+    return chat[:-1] if response is None else [*chat, {"role": "assistant", "content": response}]
+
+
+def training_examples(tokenizer, chat):
+    """[(ids, labels)] of a chat: labels are the ids on every assistant turn with its end-of-turn token, and -100
+    elsewhere. One example; where a template rewrites what came before, more: each turn is learned as it was said."""
+    examples, said = [], 0                                      # said: tokens until the end of the turn before
+    for i in [i for i, message in enumerate(chat) if message["role"] == "assistant"]:
+        ids, first, _, close = last_turn(tokenizer, chat[:i + 1])
+        labels = [-100] * first + ids[first:close] + [-100] * (len(ids) - close)
+        if examples and ids[:said] == examples[-1][0][:said]:   # the turns before are shown as they were said
+            labels[:said] = examples.pop()[1][:said]
+        examples.append((ids, labels))
+        said = close
+    return examples
 
 
 def collate(examples, device=None):
@@ -90,7 +103,8 @@ def mean_loss(accelerator, model, batch, micro_batch_size, loss_of=None, learn=F
 
 def read_examples(args, tokenizer):
     """[(ids, labels)] of all usable selected rows, by pair: {(task_id, persona_id): examples}; what was left out."""
-    tasks, personas = read_tasks(args.tasks), read_personas(args.personas)
+    tasks, personas = read_tasks(args.tasks, args.tasks_per_split), read_personas(args.personas)
+    form = read_prompts(*FORM, folder=args.prompts)
     rows = read_conversations(args.selected, tasks, personas, gold_log_prob=float | int, response=str | None)
     pairs = set(sample_pairs(map(pair_of, rows), args.limit, args.seed))
     splits = {tasks[task_id]["split"] for task_id, _ in pairs}
@@ -104,7 +118,7 @@ def read_examples(args, tokenizer):
         if "refused" in row or target is None and args.target != "none":
             refused += 1
         else:
-            chat = example_chat(personas[pair[1]]["name"], tasks[pair[0]]["task"], row["conversation"], target)
+            chat = example_chat(personas[pair[1]]["name"], tasks[pair[0]]["task"], row["conversation"], target, form)
             made = training_examples(tokenizer, chat)
             if "cut" in row and args.target == "response":      # it did not end there: no end of a turn is learned
                 end = len(scored_ids(tokenizer, chat)[0])
@@ -117,6 +131,32 @@ def read_examples(args, tokenizer):
     left_out = f"{refused} refused or without a {args.target}, {too_long} longer than {args.max_length} tokens dropped"
     return (examples, left_out) if examples else fail(
         f"{args.selected}: no example to train on ({left_out}). Run select.py, or raise --max-length.")
+
+
+class StochasticAdamW(torch.optim.AdamW):
+    """AdamW for bfloat16 weights that rounds up or down at random, so that the mean is exact: a step of a tenth of a
+    weight's last bit, which rounding to nearest loses, moves one weight in ten. The moments are rounded so, too: a step
+    changes the second by .1 %, less than half of its last bit. Processes with the same seed round alike."""
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for p in [p for p in self.param_groups[0]["params"] if p.grad is not None]:         # float32 for one at a time
+            weight, grad = (t.to_local() if isinstance(t, DTensor) else t for t in (p, p.grad))         # FSDP: a shard
+            exact = torch.nn.Parameter(weight.float())
+            exact.grad = grad.float()
+            settings = {name: self.param_groups[0][name] for name in ("lr", "betas", "eps", "weight_decay")}
+            adam = torch.optim.AdamW([exact], **settings, fused=True)
+            adam.state[exact] = {name: value.float() for name, value in self.state[p].items()}
+            adam.step()
+            self.state[p] = {name: value if name == "step" else rounded(value, self.generator)
+                             for name, value in adam.state[exact].items()}
+            weight.copy_(rounded(exact, self.generator))
+
+
+def rounded(x, generator):
+    """float32 -> bfloat16, its upper 16 bits; adding random ones to the lower carries in proportion to them."""
+    noise = torch.randint(2 ** 16, x.shape, generator=generator, dtype=torch.int32, device=x.device)
+    return (x.view(torch.int32) + noise & -2 ** 16).view(torch.float32).bfloat16()
 
 
 def fit(accelerator, model, args, training, validation, batches, folder, shape="cosine", loss_of=None):
@@ -152,16 +192,6 @@ def fit(accelerator, model, args, training, validation, batches, folder, shape="
         f", held out {before:.3f} -> {after:.3f}" if validation else "")
 
 
-def model_card(args, about, settings, data, outcome):
-    """README.md of a trained folder: what it is, and what it was made from."""
-    commit = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=os.path.dirname(os.path.abspath(__file__)),
-                            capture_output=True, text=True).stdout.strip() or "unknown"
-    return (f"---\nbase_model: {args.base}\nlibrary_name: transformers\ntags: [star-gate]\n---\n"
-            f"`{args.base}`, fine-tuned by {about}.\n\n"
-            f"- Data: {data}\n- Outcome: {outcome}\n- Code: commit {commit}\n\n"
-            f"```json\n{json.dumps(settings, indent=1, ensure_ascii=False)}\n```\n")
-
-
 def parse_args():
     parser = stage_parser(__doc__, "model folder", "train on the conversations of a seeded sample of N pairs")
     parser.add_argument("--base", default="mistralai/Mistral-7B-Instruct-v0.2", help="Q_BASE, loaded anew every time")
@@ -188,14 +218,14 @@ def parse_args():
     return parser.parse_args()
 
 
-def train(args, read_examples, about, schedule="cosine", loss_of=None):
-    """The stage, for aloe/train.py, too, which has other examples. about: what the model's card says."""
+def train(args, read_examples, schedule="cosine", loss_of=None, **more):
+    """The stage, for aloe/train.py, too, which has other examples. more: settings beside the flags."""
     accelerator, tokenizer = start_processes(), load_tokenizer(args.base)
     dtype = args.dtype if accelerator.mixed_precision == "no" else "float32"        # where matrices alone are bfloat16
     examples, left_out = read_examples(args, tokenizer)
     # Here these are settings: more rows make another model, not more of the same.
     settings = settings_of(args, limit=args.limit, batch_size=args.batch_size,
-                           mixed_precision=accelerator.mixed_precision)
+                           mixed_precision=accelerator.mixed_precision, **more)
     lock = accelerator.is_main_process and take_output(args.output, settings)              # noqa: F841 (kept open)
     accelerator.wait_for_everyone()
     if os.path.exists(args.output):
@@ -236,8 +266,6 @@ def train(args, read_examples, about, schedule="cosine", loss_of=None):
         try:
             accelerator.unwrap_model(model).save_pretrained(unfinished, state_dict=state)
             tokenizer.save_pretrained(unfinished)
-            card = model_card(args, about, settings, data, outcome)
-            Path(f"{unfinished}/README.md").write_text(card, encoding="utf-8")
             os.replace(unfinished, args.output)                 # whole or not at all
         except Exception as error:                              # safetensors has errors of its own for a full disk
             raise OSError(f"{args.output}: {error}")
@@ -246,7 +274,8 @@ def train(args, read_examples, about, schedule="cosine", loss_of=None):
 
 
 def main():
-    train(parse_args(), read_examples, "STaR-GATE's `train.py`: a Questioner, which asks a user before it answers")
+    args = parse_args()
+    train(args, read_examples, **read_prompts(*FORM, folder=args.prompts))
 
 
 if __name__ == "__main__":

@@ -27,7 +27,6 @@ from types import SimpleNamespace
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))                                   # the stages
 import common  # noqa: E402
-import rounding  # noqa: E402
 import train  # noqa: E402
 
 import torch  # noqa: E402
@@ -55,7 +54,7 @@ def noisy(std, noise, steps=186):
     start, gradient = (torch.randn(30_000) * std).bfloat16().float(), torch.randn(30_000)
     for name in list(PRECISIONS)[:3]:
         weights = torch.nn.Parameter(start.clone() if name == "float32" else start.bfloat16())
-        optimizer = (rounding.StochasticAdamW if "stochastic" in name else torch.optim.AdamW)(
+        optimizer = (train.StochasticAdamW if "stochastic" in name else torch.optim.AdamW)(
             [weights], lr=RATE, weight_decay=0.0, fused=True)
         optimizer.generator, draws = torch.Generator().manual_seed(0), torch.Generator().manual_seed(1)
         schedule = get_cosine_schedule_with_warmup(optimizer, steps // 10, steps)
@@ -87,7 +86,7 @@ def trained(run, std, seed):
         tokenizer = common.load_tokenizer(str(ROOT / "toy/base"))
         tokenizer.save_pretrained(base)
         stage("select.py", "--base", base, "--questioner", base, "--dtype", "float32", *data, "--k", 8,
-              "--conversations", f"{run}/base/conversations.jsonl", "--gold", f"{run}/gold.jsonl", "--max-tokens", 64,
+              "--conversations", f"{run}/base/conversations.jsonl", "--gold", f"{run}/gold-A.jsonl", "--max-tokens", 64,
               "--output", selected)
         args = SimpleNamespace(selected=selected, tasks=data[1], personas=data[3], limit=None, seed=0,
                                target="response", split=["A"], max_length=2048)

@@ -16,8 +16,8 @@ The model is random, of Mistral's shape. Texts are random words with the lengths
 450 tokens, conversations of 100 to 400, gold responses of 100 to 250, answers of 40 on average (geometric, at most
 200). Both sides run in turn. Before anything is timed their results are compared: `difference` is the share of
 conversations that are not the same to the letter, or the largest of a token's log-probability, or that of the losses.
-A ratio is their time / ours: the median of the rounds, the least, the most. Processor time (`cpu`) is disturbed less by
-other programs on the machine. Rows also carry the machine and the configuration.
+A ratio is their time / ours: the median of the rounds, the least, the most. Time is processor time, which is disturbed
+less by other programs on the machine; with a GPU it is the clock's. Rows also carry the machine and the configuration.
 """
 import argparse
 import json
@@ -29,9 +29,7 @@ import subprocess
 import sys
 import tempfile
 import time
-import warnings
 from pathlib import Path
-from statistics import median
 from types import SimpleNamespace
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -80,15 +78,14 @@ class Texts:
     """Random words; lengths are log-normal, cut to a range."""
 
     def __init__(self, words):
-        self.words, self.rng = words, np.random.default_rng(0)
+        self.words, self.rng = words - len(SPECIAL), np.random.default_rng(0)
 
     def length(self, shortest, longest):
         drawn = self.rng.lognormal(math.log(shortest * longest) / 2, math.log(longest / shortest) / 4)
         return int(min(max(drawn, shortest), longest))
 
     def __call__(self, shortest, longest):
-        size = self.length(shortest, longest)
-        return " ".join(f"w{i}" for i in self.rng.integers(self.words - len(SPECIAL), size=size))
+        return " ".join(f"w{i}" for i in self.rng.integers(self.words, size=self.length(shortest, longest)))
 
     def chat(self):
         """Figure 17's form with a gold response, or another, at its end."""
@@ -137,7 +134,7 @@ def compare_simulate(folder, args):
         def ask(alive, turn):
             return generate({key: common.Request(
                 [{"role": "user", "content": openings[key[0]]}, *row["conversation"]],
-                common.seed_for(*key, turn)) for key, row in alive.items()}, 0.9, 0.9, 200)
+                common.seed_for(*key, turn), key[0]) for key, row in alive.items()}, 0.9, 0.9, 200)
 
         def answer(alive, turn):
             return [((pair, sample), common.Reply(users[pair][3 * sample + turn])) for pair, sample in alive]
@@ -170,7 +167,7 @@ def compare_score(folder, args):
 def training(folder, args):
     """64 examples, the tokenizer, and a step on a model of its own, which takes backward(model) -> loss."""
     tokenizer, texts = common.load_tokenizer(folder), Texts(args.words)
-    examples = [common.training_examples(tokenizer, texts.chat())[0] for _ in range(64)]
+    examples = [train.training_examples(tokenizer, texts.chat())[0] for _ in range(64)]
     model = common.load_model(folder, args.dtype).to(DEVICE).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-5, weight_decay=0.0)
 
@@ -213,7 +210,7 @@ def compare_trl(folder, args):
         common.load_model(folder, args.dtype), processing_class=tokenizer, args=trl.SFTConfig(
             folder, per_device_train_batch_size=4, gradient_accumulation_steps=16, num_train_epochs=1, max_length=None,
             learning_rate=2e-5, weight_decay=0.0, train_sampling_strategy="group_by_length", bf16=False,
-            gradient_checkpointing=False, use_cpu=DEVICE == "cpu", save_strategy="no", logging_strategy="no",
+            activation_checkpointing=False, use_cpu=DEVICE == "cpu", save_strategy="no", logging_strategy="no",
             report_to="none", disable_tqdm=True),
         train_dataset=datasets.Dataset.from_list([{"input_ids": ids, "labels": labels} for ids, labels in examples]))
     trainer.remove_callback(transformers.PrinterCallback)
@@ -227,11 +224,12 @@ COMPARISONS = {"simulate": compare_simulate, "score": compare_score, "score-3200
 # ---------------------------------------------------------------- clocks and rows
 
 def clocked(function):
-    """Seconds, and seconds of processor time, of a call."""
-    wall, cpu = time.perf_counter(), time.process_time()
+    """Seconds of a call."""
+    clock = time.perf_counter if DEVICE == "cuda" else time.process_time
+    begin = clock()
     function()
     torch.cuda.synchronize() if DEVICE == "cuda" else None
-    return time.perf_counter() - wall, time.process_time() - cpu
+    return clock() - begin
 
 
 def compare(name, args):
@@ -243,24 +241,19 @@ def compare(name, args):
         if args.dtype == "float32" and row["difference"] > limit:
             sys.exit(f"{name}: the results differ by {row['difference']}, more than {limit}")
         orders = [(1, -1)[number % 2] for number in range(args.rounds)]         # each round the other side first
-        clocks = np.array([[clocked(side) for side in sides[::order]][::order] for order in orders])
-    for clock, what in enumerate(("", "cpu_")):
-        ours, theirs = clocks[:, :, clock].T
-        row |= {f"{what}seconds": round(float(median(ours)), 2),
-                f"their_{what}seconds": round(float(median(theirs)), 2),
-                f"{what}ratio": [round(float(of(theirs / ours)), 3) for of in (median, min, max)]}
-    return row
+        ours, theirs = np.array([[clocked(side) for side in sides[::order]][::order] for order in orders]).T
+    return {**row, "seconds": round(float(np.median(ours)), 2), "their_seconds": round(float(np.median(theirs)), 2),
+            "ratio": [round(float(of(theirs / ours)), 3) for of in (np.median, np.min, np.max)]}
 
 
 def run_stage(script, *flags):
-    """Seconds of a stage on one thread, of processor time, and the most memory that it held, with torch and model."""
-    begin = time.perf_counter()
+    """Seconds of processor time of a stage on one thread, and the most memory that it held, with torch and model."""
     process = subprocess.Popen([sys.executable, ROOT / script, *map(str, flags)], stdout=subprocess.DEVNULL,
                                env={**os.environ, "OMP_NUM_THREADS": "1"})
     _, status, usage = os.wait4(process.pid, 0)
     if status:
         sys.exit(f"{script} has failed")
-    return {"seconds": round(time.perf_counter() - begin, 2), "cpu_seconds": round(usage.ru_utime + usage.ru_stime, 2),
+    return {"seconds": round(usage.ru_utime + usage.ru_stime, 2),
             "MiB": usage.ru_maxrss // (1024 if sys.platform == "linux" else 2 ** 20)}
 
 
@@ -270,13 +263,12 @@ def scaling(args):
         def write(name, rows):
             Path(folder, name).write_text("".join(json.dumps(row) + "\n" for row in rows))
 
-        tasks = [{"task_id": f"A{i}", "split": "A", "task": f"Can you help me with {i}?"}
-                 for i in range(250 * args.pairs // 56)]
-        people = [{"persona_id": f"A{j}", "split": "A", "name": "Ann", "persona": f"I am {j}."} for j in range(50)]
-        pairs = [{"task_id": task["task_id"], "persona_id": who["persona_id"]} for task in tasks for who in people]
-        write("tasks", tasks)
-        write("personas", people)
-        write("gold", [{**pair, "gold": "Here is my advice. " * 10} for pair in pairs])
+        tasks = [f"A{i}" for i in range(250 * args.pairs // 56)]
+        people = [f"A{i}" for i in range(50)]
+        pairs = [{"task_id": task, "persona_id": persona} for task in tasks for persona in people]
+        write("tasks", ({"task_id": i, "split": "A", "task": f"Can you help me with {i}?"} for i in tasks))
+        write("personas", ({"persona_id": i, "split": "A", "name": "Ann", "persona": f"I am {i}."} for i in people))
+        write("gold", ({**pair, "gold": "Here is my advice. " * 10} for pair in pairs))
         toy = ROOT / "toy/base"
         data = ["--dtype", "float32", "--tasks", f"{folder}/tasks", "--personas", f"{folder}/personas"]
         talk = [*data, "--questioner", toy, "--roleplayer", toy, "--max-tokens", 32]
@@ -298,10 +290,9 @@ def scaling(args):
 
 
 def machine():
-    info = Path("/proc/cpuinfo")
-    names = re.findall(r"model name\s*: (.*)", info.read_text()) if info.exists() else [platform.processor()]
-    return {"cpu": names[0], "cores": os.cpu_count(), "threads": torch.get_num_threads(),
-            "gpu": torch.cuda.get_device_name() if DEVICE == "cuda" else None, "python": platform.python_version(),
+    name = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text()) if sys.platform == "linux" else None
+    return {"cpu": name[1] if name else platform.processor(), "cores": os.cpu_count(),
+            "threads": torch.get_num_threads(), "gpu": torch.cuda.get_device_name() if DEVICE == "cuda" else None,
             "torch": torch.__version__, "transformers": transformers.__version__}
 
 
@@ -318,8 +309,6 @@ def main():
     parser.add_argument("--output", default="runs/benchmarks.jsonl", help="rows are added")
     args = parser.parse_args()
     transformers.utils.logging.disable_progress_bar()
-    transformers.utils.logging.set_verbosity_error()
-    warnings.simplefilter("ignore", FutureWarning)
     Path(args.output).parent.mkdir(parents=True, exist_ok=True)
     print(*(f"{name} {value}" for name, value in machine().items() if value), sep=", ", flush=True)
     for name in args.only:

@@ -3,7 +3,7 @@
     python toy/check.py runs/toy
     python toy/check.py runs/seed-100 runs/seed-101 runs/seed-102       # runs that differ in their seed
 
-Of several runs, means over the seeds are shown, ± the standard deviation between them. report.py shows one run.
+Of several runs, means over the seeds are shown, ± the standard deviation between them. report/report.py shows one run.
 """
 import argparse
 import re
@@ -17,11 +17,12 @@ import measure
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the stages; first, since PyPI has an "evaluate", too
 from common import PAIR, fail, read_rows, read_settings, write_whole  # noqa: E402
-from results import RESULT_KEY, TITLES, as_text, read_results, table  # noqa: E402
+from evaluate import RESULT_KEY, read_results  # noqa: E402
+from report.stats import TITLES, as_text, table  # noqa: E402
 
 
 def over_seeds(runs):
-    """[results of a run, ...] -> rows for `results.table`: the mean of the runs' means, their standard deviation in
+    """[results of a run, ...] -> rows for `stats.table`: the mean of the runs' means, their standard deviation in
     the place of the SEM, and the number of runs."""
     means = defaultdict(list)
     for row in (row for rows in runs for row in rows):
@@ -32,10 +33,10 @@ def over_seeds(runs):
 
 def findings(rows, user="roleplayer"):
     """Results of one run -> [(what the paper found, does it hold, the figures)] for the variants that were run; None
-    where something was not measured. Standard errors are clustered by task and by persona where there are such.
+    where something was not measured.
 
     The thresholds were fixed on the dev split. The controls are allowed a quarter of main's gain, since fine-tuning on
-    a few hundred conversations moves relevance by some .05 by itself (NOTES.md).
+    a few hundred conversations moves relevance by some .05 by itself (docs/NOTES.md).
     """
     cells = {(row["variant"], row["iteration"], row["metric"], row["condition"]): row
              for row in rows if row["roleplayer"] == user}
@@ -43,10 +44,6 @@ def findings(rows, user="roleplayer"):
 
     def mean(variant, t, metric, condition=""):
         return cells[variant, t, metric, condition]["mean"]
-
-    def sem(variant, t, metric, condition=""):
-        row = cells[variant, t, metric, condition]
-        return row.get("sem_two_way") or row["sem"]
 
     def each(variant, metric, condition=""):
         return [mean(variant, t, metric, condition) for t in range(1, T + 1)]
@@ -63,8 +60,8 @@ def findings(rows, user="roleplayer"):
                 - mean(variant, T, "gold_log_prob_gain", "q_random"))
 
     def gold_gains():
-        gain, error = (of("main", T, "gold_log_prob_gain", "q_experimental") for of in (mean, sem))
-        return gain > 3 * error, f"{gain:.2f} ± {error:.2f} nats at t = {T}"
+        row = cells["main", T, "gold_log_prob_gain", "q_experimental"]
+        return row["mean"] > 3 * row["sem"], f"{row['mean']:.2f} ± {row['sem']:.2f} nats at t = {T}"
 
     def relevance_rises():
         before, after = mean("main", 0, "relevant_share"), mean("main", T, "relevant_share")
@@ -78,10 +75,9 @@ def findings(rows, user="roleplayer"):
 
     def main_wins():
         best = max(range(1, T + 1), key=lambda t: mean("main", t, "win_rate"))
-        win, error = mean("main", best, "win_rate"), sem("main", best, "win_rate")
-        ends = cells["main", best, "win_rate", ""].get("interval_95") or [win - 1.96 * error, win + 1.96 * error]
-        return (win >= 0.6 and ends[0] > 0.5,
-                f"{listed(each('main', 'win_rate'))}; t = {best}: 95 % interval {listed(ends)}")
+        interval = cells["main", best, "win_rate", ""]["interval_95"]
+        return (mean("main", best, "win_rate") >= 0.6 and interval[0] > 0.5,
+                f"{listed(each('main', 'win_rate'))}; t = {best}: 95 % interval {listed(interval)}")
 
     def no_reg_asks():
         asks, wins = each("no_reg", "question_share"), each("no_reg", "win_rate")
@@ -116,7 +112,7 @@ def findings(rows, user="roleplayer"):
         return max(abs(win - 0.5) for win in wins) < 0.08, listed(wins)         # the paper: .542, .571, .495
 
     checks = [
-        ("the gold becomes more probable, by more than 3 SEM", {"main"}, gold_gains),
+        ("the gold becomes more probable, by more than 3 clustered SEM", {"main"}, gold_gains),
         ("relevant questions rise by half", {"main"}, relevance_rises),
         ("positive control > Q-Experimental > Q-Random at every t", {"main"}, order),
         ("main wins at least .60 at its best", {"main"}, main_wins),
@@ -150,25 +146,18 @@ def sharpening(rows, user="roleplayer"):
             for variant, t in sorted(wins) if variant == "base_answers" and ("main", t) in wins]
 
 
-def evaluations(run, split):
-    """{(folder, t): path of the verdicts} of the evaluations that are whole: a stage's output appears when it is."""
-    paths = sorted(Path(run).glob(f"*/*/{split}/verdicts.jsonl"))
-    return {(path.parts[-4], int(path.parts[-3])): path for path in paths if path.parts[-3].isdigit()}
-
-
 def outcomes(run, split):
     """{(folder, t): (shares won, tied, lost)} of the judge's verdicts, by the scores that it names. It must say A or B,
     so it settles a tie by a hash; here a tie is a tie."""
     found = {}
-    for evaluation, path in evaluations(run, split).items():
+    for path in Path(run).glob(f"*/[0-9]*/{split}/verdicts.jsonl"):
         points = []
         for row in read_rows(path, {**PAIR, "order": str}, {"raw": str}):
-            scores = re.search(r"response A scores (-?\d+), response B scores (-?\d+)", row["raw"])
-            if scores and row["order"] in ("ours_first", "base_first"):
+            if scores := re.search(r"response A scores (-?\d+), response B scores (-?\d+)", row["raw"]):
                 a, b = map(int, scores.groups())
                 points.append((a > b) - (a < b) if row["order"] == "ours_first" else (b > a) - (b < a))
         if points:
-            found[evaluation] = tuple(points.count(point) / len(points) for point in (1, 0, -1))
+            found[path.parts[-4], int(path.parts[-3])] = tuple(points.count(x) / len(points) for x in (1, 0, -1))
     return found
 
 
@@ -204,7 +193,7 @@ def main():
         lines.append(f"{variant}, t = {t}: {won:.3f} {tied:.3f} {lost:.3f}  {won + tied / 2:.3f}")
     for run, rows in runs.items():
         lines += ["", f"Does it hold in {run}?"]
-        user = read_settings(f"{run}/base/{args.split}/log_probs.jsonl").get("roleplayer", "roleplayer")       # the first
+        user = read_settings(f"{run}/base/{args.split}/log_probs.jsonl").get("roleplayer", "roleplayer")
         for what, holds, figures in findings(rows, user):
             lines.append(wrapped(f"{ {True: 'yes', False: 'NO ', None: '-- '}[holds]}  {what}: {figures}"))
         for t, ours, base in sharpening(rows, user):

@@ -3,7 +3,7 @@
     python toy/manners.py runs/manners-100 runs/manners-101 runs/manners-102
 
 Means over the (task, persona) pairs of all seeds, with 95 % intervals that are clustered by task and by persona
-(results.py). People of different seeds are different people.
+(report/stats.py). People of different seeds are different people.
 """
 import argparse
 import statistics
@@ -11,8 +11,8 @@ from pathlib import Path
 
 import measure  # puts the stages on the path
 from common import SAMPLE, fail, read_personas, read_tasks
-from report import golds, points, read_evaluations
-from results import cell, jackknife, mean, minus, of_pairs
+from report.report import golds, points, read_evaluations
+from report.stats import cell, jackknife, mean, minus, of_pairs
 from world import question_slot
 
 PLAIN = "roleplayer"

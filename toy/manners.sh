@@ -17,10 +17,10 @@ others="roleplayer-terse roleplayer-evasive roleplayer-chatty roleplayer-erring"
 train() {
     echo "== $1: trained with $2"
     local to=$there/$1 new=$there/new name
-    if [ "$1" != plain ] && [ ! -e "$to" ] && [ -z "$DRY_RUN" ]; then       # people, golds and Q_BASE are the same
+    if [ "$1" != plain ] && [ ! -e "$to" ] && [ -z "$PRINT" ]; then       # people, golds and Q_BASE are the same
         rm -rf "$new"
         mkdir -p "$new/base"
-        cp "$there"/plain/{run.lock,tasks.jsonl,personas.*,gold*} "$new"    # (run.lock: these are run.sh's own)
+        cp "$there"/plain/{tasks.jsonl,personas.*,gold*} "$new"
         cp -r "$there/plain/base/$SPLIT"* "$new/base"
         for name in $3; do
             mkdir -p "$new/other_user/$name"

@@ -3,7 +3,7 @@
     relevant_share   of the questions asked: about a fact that matters for the task, and that was not asked for before
     coverage         facts that matter and that the user told, true ones, over the most that so many questions could
                      bring: above 1 where a user tells what nobody asked for
-    question_share   of the responses: another question
+    question_share   of the responses: another question, that is, with a question mark
     used_facts       per response: facts of the persona that matter for the task, and that the response states
     invented_facts   per response: values of the world in it, each once, that occur in no user turn of the conversation
                      it answers and not in the task
@@ -15,7 +15,7 @@ It reads conversations (simulate.py) and responses (evaluate.py), and adds a row
         --tasks runs/smoke/tasks.jsonl --personas runs/smoke/personas.jsonl --results runs/smoke/results.jsonl
 
     {"variant": "main", "iteration": 1, "metric": "relevant_share", "condition": "", "roleplayer": "roleplayer",
-     "split": "test", "mean": 0.78, "sem": 0.02, "n": 192}
+     "split": "test", "mean": 0.78, "sem": 0.02, "interval_95": [0.73, 0.83], "n": 192}
 
 All means are over (task, persona) pairs; the samples of a pair are averaged first.
 """
@@ -27,14 +27,13 @@ import world
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the stages; first, since PyPI has an "evaluate", too
 from common import fail, key_of, read_conversations, read_personas, read_tasks, run  # noqa: E402
-from evaluate import read_responses, roleplayer_label  # noqa: E402
-from results import by_pair, mean_sem, write_results  # noqa: E402
+from evaluate import by_pair, read_responses, roleplayer_label, summary, write_results  # noqa: E402
 
-TITLES = {"relevant_share": "Questions about a fact that matters, each fact once (share; mean over pairs, SEM)",
-          "coverage": "Facts that matter and were told, of those possible (share; mean over pairs, SEM)",
-          "question_share": "Responses that are another question (share; mean over pairs, SEM)",
-          "used_facts": "Facts of the persona that matter, in a response (mean over pairs, SEM)",
-          "invented_facts": "Invented facts in a response (mean over pairs, SEM)"}
+TITLES = {"relevant_share": "Questions about a fact that matters, each fact once (share; mean ± clustered SEM)",
+          "coverage": "Facts that matter and were told, of those possible (share; mean ± clustered SEM)",
+          "question_share": "Responses that are another question (share; mean ± clustered SEM)",
+          "used_facts": "Facts of the persona that matter, in a response (mean ± clustered SEM)",
+          "invented_facts": "Invented facts in a response (mean ± clustered SEM)"}
 
 
 def relevant_share(conversation, task):
@@ -48,11 +47,6 @@ def coverage(conversation, task, persona):
     told = world.facts_in(" ".join(turn["content"] for turn in conversation if turn["role"] == "user"))
     true, relevant = told & world.facts_in(persona), world.relevant_slots(task)
     return sum(slot in relevant for slot, _ in true) / min(len(conversation) // 2, len(relevant))
-
-
-def is_question(response):
-    """1.0 if the response asks something, else 0.0."""
-    return float("?" in response)
 
 
 def invented_facts(response, conversation, task):
@@ -70,17 +64,19 @@ def used_facts(response, task, persona):
 def measure(conversations, responses, tasks, personas):
     """Rows of both files, {task_id: task row}, {persona_id: its row} -> {metric: {(task_id, persona_id): mean over the
     pair's samples}}."""
-    asked = {key_of(row): row["conversation"] for row in conversations}
-    of_talks = {name: by_pair([{**row, name: of(row["conversation"], tasks[row["task_id"]]["task"], *who(row))}
-                               for row in conversations], name)
-                for name, of, who in (("relevant_share", relevant_share, lambda row: ()),
-                                      ("coverage", coverage, lambda row: [personas[row["persona_id"]]["persona"]]))}
-    of_responses = {
-        "question_share": lambda row, task: is_question(row["response"]),
-        "used_facts": lambda row, task: used_facts(row["response"], task, personas[row["persona_id"]]["persona"]),
-        "invented_facts": lambda row, task: invented_facts(row["response"], asked[key_of(row)], task)}
-    return {**of_talks, **{name: by_pair([{**row, name: of(row, tasks[row["task_id"]]["task"])}
-                                          for row in responses], name) for name, of in of_responses.items()}}
+    talks = {key_of(row): row["conversation"] for row in conversations}
+
+    def means(rows, of):
+        return by_pair([{**row, "value": of(row, tasks[row["task_id"]]["task"], personas[row["persona_id"]]["persona"])}
+                        for row in rows], "value")
+
+    return {
+        "relevant_share": means(conversations, lambda row, task, persona: relevant_share(row["conversation"], task)),
+        "coverage": means(conversations, lambda row, task, persona: coverage(row["conversation"], task, persona)),
+        "question_share": means(responses, lambda row, task, persona: float("?" in row["response"])),
+        "used_facts": means(responses, lambda row, task, persona: used_facts(row["response"], task, persona)),
+        "invented_facts": means(responses, lambda row, task, persona: invented_facts(
+            row["response"], talks[key_of(row)], task))}
 
 
 def parse_args():
@@ -108,8 +104,7 @@ def main():
     rows, roleplayer = [], roleplayer_label(args.conversations, args.roleplayer)
     for metric, pairs in measure(conversations, responses, tasks, personas).items():
         rows.append({"variant": args.variant, "iteration": args.iteration, "metric": metric, "condition": "",
-                     "roleplayer": roleplayer, "split": args.split, "title": TITLES[metric],
-                     **mean_sem(list(pairs.values()))})
+                     "roleplayer": roleplayer, "split": args.split, "title": TITLES[metric], **summary(pairs)})
     write_results(args.results, rows)
     print(f"{args.results}: {len(rows)} means, from {len(conversations)} conversations, {len(responses)} responses")
 

@@ -3,7 +3,7 @@
 Selected by these golds (`run.sh`, VARIANTS=permuted), a conversation is good for somebody else. A pair whose task has
 no other persona with a gold response gets a row that is `refused`.
 
-    python toy/permute.py --gold runs/toy/gold.jsonl --output runs/toy/gold_permuted.jsonl
+    python toy/permute.py --gold runs/toy/gold-A.jsonl --output runs/toy/permuted-A.jsonl
 """
 import argparse
 import json

@@ -34,6 +34,7 @@ from transformers import MistralConfig, MistralForCausalLM, PreTrainedTokenizerF
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the stages; first, since PyPI has an "evaluate", too
 import common  # noqa: E402
 import simulate  # noqa: E402
+import train  # noqa: E402
 from toy import world  # noqa: E402
 
 PAD, BOS, EOS, USER, END_OF_USER = "<pad>", "<s>", "</s>", "[INST]", "[/INST]"
@@ -104,7 +105,7 @@ def draw_task(rng):
 def interview(rng, experts):
     """Questions under the elicitation prompt; the conversation ends with the last of them."""
     persona, task = world.draw_persona(rng), draw_task(rng)
-    prompt = simulate.ELICITATION_PROMPT
+    prompt = simulate.PROMPTS["elicitation"]
     prompt = prompt if rng.random() < FULL_PROMPT else abridged(prompt, rng)
     conversation, _ = turns(persona, task, rng.random() < experts, rng)
     return [{"role": "user", "content": prompt.format(name=persona["name"], task=task)}] + conversation[:-1]
@@ -154,7 +155,7 @@ def phases(experts):
 def texts_of_the_world():
     """Every word of the world and of the elicitation prompt."""
     rng = random.Random(0)
-    texts = [simulate.ELICITATION_PROMPT, *world.NAMES, *sum(world.SLOTS.values(), []), world.EVASIVE, world.UNSURE]
+    texts = [simulate.PROMPTS["elicitation"], *world.NAMES, *sum(world.SLOTS.values(), []), world.EVASIVE, world.UNSURE]
     texts += [task for split in world.WORDINGS for task in world.make_tasks(split, 224)]
     return texts + [message["content"] for _ in range(300) for draw in (control, lambda rng: dialogue(rng, 0))
                     for message in draw(rng)]
@@ -188,13 +189,6 @@ def build_model(tokenizer, seed):
 
 # ---- training ----
 
-def collate(batch, pad):
-    """[(ids, labels)] -> two (B, T) tensors, padded on the right: causal attention needs no mask then."""
-    length = max(len(ids) for ids, _ in batch)
-    return (torch.tensor([ids + [pad] * (length - len(ids)) for ids, _ in batch]),
-            torch.tensor([labels + [-100] * (length - len(labels)) for _, labels in batch]))
-
-
 def token_log_probs(model, ids, labels):
     """(B, T), (B, T) -> the log-probabilities of the N labelled tokens, (N,)."""
     where = labels[:, 1:] != -100
@@ -205,8 +199,7 @@ def token_log_probs(model, ids, labels):
 def batches(draw, tokenizer, rng, size=1500, pool=200):
     """Without end: batches of about `size` tokens, documents of like length together."""
     while True:
-        documents = [example for _ in range(pool)                               # the loss of train.py
-                     for example in common.training_examples(tokenizer, draw(rng))]
+        documents = [example for _ in range(pool) for example in train.training_examples(tokenizer, draw(rng))]
         documents.sort(key=lambda document: len(document[0]))
         groups = [[]]
         for document in documents:
@@ -214,7 +207,7 @@ def batches(draw, tokenizer, rng, size=1500, pool=200):
                 groups.append([])
             groups[-1].append(document)
         rng.shuffle(groups)
-        yield from (collate(group, tokenizer.pad_token_id) for group in groups)
+        yield from map(train.collate, groups)
 
 
 def step(model, optimizer, batch, rate):
@@ -263,7 +256,7 @@ def asking(model, tokenizer, pairs=64):
     """Two questions each under the whole elicitation prompt -> shares that are recognised, and relevant."""
     rng = random.Random(2)
     people = [(world.draw_persona(rng), draw_task(rng)) for _ in range(pairs)]
-    chats = [[{"role": "user", "content": simulate.ELICITATION_PROMPT.format(name=persona["name"], task=task)}]
+    chats = [[{"role": "user", "content": simulate.PROMPTS["elicitation"].format(name=persona["name"], task=task)}]
              for persona, task in people]
     recognised, relevant = 0, 0
     for _ in range(2):

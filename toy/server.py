@@ -83,12 +83,11 @@ def as_pattern(template):
 
 USERS = ["roleplayer", "roleplayer-terse", "roleplayer-evasive", "roleplayer-chatty", "roleplayer-erring"]
 ROLES = {  # system text -> (pattern of the user message, who answers, the models that may be asked)
-    generate_personas.SYSTEM_PROMPT:
-        (as_pattern(generate_personas.PROMPT + "\n\n{examples}"), write_persona, ["persona-writer"]),
-    gold.SYSTEM_PROMPT: (as_pattern(gold.PROMPT), answer_task, ["oracle"]),
-    simulate.ROLEPLAYER_SYSTEM_PROMPT:
-        (as_pattern(simulate.ROLEPLAYER_PROMPT), roleplay, USERS),
-    evaluate.JUDGE_SYSTEM_PROMPT: (as_pattern(evaluate.JUDGE_PROMPT), judge, ["judge"]),
+    generate_personas.PROMPTS["persona_system"]:
+        (as_pattern(generate_personas.PROMPTS["persona_user"] + "\n\n{examples}"), write_persona, ["persona-writer"]),
+    gold.PROMPTS["gold_system"]: (as_pattern(gold.PROMPTS["gold_user"]), answer_task, ["oracle"]),
+    simulate.PROMPTS["roleplayer_system"]: (as_pattern(simulate.PROMPTS["roleplayer_user"]), roleplay, USERS),
+    evaluate.PROMPTS["judge_system"]: (as_pattern(evaluate.PROMPTS["judge_user"]), judge, ["judge"]),
 }
 MODELS = [model for _, _, models in ROLES.values() for model in models]
 
@@ -192,9 +191,7 @@ class Handler(BaseHTTPRequestHandler):
     timeout = 600
 
     def do_GET(self):
-        if self.path == "/health":
-            self.send(200, {"status": "ok"})
-        elif self.path == "/v1/models":
+        if self.path == "/v1/models":
             models = [{"id": model, "object": "model", "created": 0, "owned_by": "toy"}
                       for model in self.server.models]
             self.send(200, {"object": "list", "data": models})
@@ -271,8 +268,6 @@ def parse_args(manual):
     parser.add_argument("--faults", type=fault_shares, default={}, metavar="JSON",
                         help=f"shares of the requests that fail: {', '.join(PASSING)} (until repeated); "
                              f"{', '.join(LASTING)} (always)")
-    parser.add_argument("--fault-seed", type=int, default=0, help="which ones")
-    parser.add_argument("--stall", type=float, default=30, help="seconds of silence before a stalled connection ends")
     parser.add_argument("--delay", type=float, default=0, help="seconds before each answer, as a real model takes")
     parser.add_argument("--end-with-parent", action="store_true", help="end when the program that started it is gone")
     return parser.parse_args()
@@ -283,7 +278,7 @@ def main(manual=__doc__, server_class=Server):
     for ending in (signal.SIGINT, signal.SIGTERM):              # at once, even in the middle of a request
         signal.signal(ending, lambda *_: os._exit(0))
     server = server_class(("127.0.0.1", args.port), Handler)
-    server.faults, server.stall, server.delay = Faults(args.faults, args.fault_seed), args.stall, args.delay
+    server.faults, server.delay = Faults(args.faults), args.delay
     url = f"http://127.0.0.1:{server.server_port}/v1"
     if args.port_file:  # atomically: a reader sees the whole URL or no file
         Path(args.port_file + ".new").write_text(url + "\n")

@@ -1,11 +1,10 @@
-"""results.jsonl, the means that evaluate.py measures; statistics of values over pairs; tables.
+"""Statistics of values over pairs, beyond those of evaluate.py, and tables.
 
-A value belongs to a (task, persona) pair. Pairs that share a task or a persona are not independent, so the intervals
-here are clustered by both.
+A value belongs to a (task, persona) pair. Pairs that share a task or a persona are not independent: intervals are
+clustered by both (`evaluate.clustered_sem`).
 """
-import fcntl
-import json
 import math
+import sys
 from collections import Counter, defaultdict
 from inspect import getdoc
 from pathlib import Path
@@ -13,48 +12,12 @@ from typing import NamedTuple
 
 import numpy as np
 
-from common import fail, pair_of, read_rows, write_whole
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the stages; first, since PyPI has an "evaluate", too
+from common import fail  # noqa: E402
+from evaluate import by_pair, clustered_sem, interval_95, quantile  # noqa: E402
 
-RESULT_KEY = {"variant": str, "iteration": int, "metric": str, "condition": str, "roleplayer": str, "split": str}
 CONDITIONS = {"q_experimental": "Q-Experimental", "q_random": "Q-Random", "negative_control": "negative control",
               "positive_control": "positive control", "": ""}
-
-
-def read_results(path):
-    """Rows of results.jsonl: RESULT_KEY + `mean`, `sem`, `n`."""
-    fields = {"mean": float | int | None, "sem": float | int | None, "n": int}
-    return list(read_rows(path, RESULT_KEY, fields)) if Path(path).exists() else []
-
-
-def write_results(path, rows):
-    """Prints rows and adds them to results.jsonl; a row for the same combination of RESULT_KEY is replaced."""
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    with open(f"{path}.lock", "a") as lock:                     # evaluations may run side by side
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        results = {tuple(row[name] for name in RESULT_KEY): row for row in [*read_results(path), *rows]}
-        write_whole(path, "".join(json.dumps(results[key]) + "\n" for key in sorted(results)))
-    for row in rows:
-        value = " ± ".join(f"{row[name]:.3f}" for name in ("mean", "sem") if row[name] is not None)
-        print(f"{row['variant']}, t = {row['iteration']}: {row['metric']} {row['condition']} {value} (n = {row['n']})")
-
-
-# ---------------------------------------------------------------- statistics
-
-def mean_sem(values):
-    """{"mean", "sem": standard error, "n"} of one value a pair; the SEM of fewer than two values is None."""
-    n = len(values)
-    return {"mean": float(np.mean(values)) if n > 0 else None,
-            "sem": float(np.std(values, ddof=1) / n ** 0.5) if n > 1 else None, "n": n}
-
-
-def by_pair(rows, value):
-    """{(task_id, persona_id): mean over its samples}: a pair's samples are not independent of one another. A value that
-    is None is left out."""
-    groups = defaultdict(list)
-    for row in rows:
-        if row[value] is not None:
-            groups[pair_of(row)].append(row[value])
-    return {pair: float(np.mean(group)) for pair, group in groups.items()}
 
 
 def of_pairs(values):
@@ -67,53 +30,11 @@ def minus(a, b):
     return {pair: a[pair] - b[pair] for pair in a if pair in b}
 
 
-def sem_two_way(values):
-    """Standard error of a mean over {(task, persona): value}, clustered by task and by persona: pairs that share either
-    are not independent. Variance = by task + by persona - by pair, and at least that of independent pairs (Cameron,
-    Gelbach and Miller 2011). None where a task or a persona stands alone."""
-    n, mean, variance = len(values), sum(values.values()) / max(1, len(values)), []
-    for cluster in (lambda pair: pair[0], lambda pair: pair[1], lambda pair: pair):
-        sums = defaultdict(float)
-        for pair, value in values.items():
-            sums[cluster(pair)] += value - mean
-        if len(sums) < 2:
-            return None
-        variance.append(len(sums) / (len(sums) - 1) * sum(s * s for s in sums.values()) / n ** 2)
-    by_task, by_persona, independent = variance
-    return math.sqrt(max(by_task + by_persona - independent, independent))
-
-
-def student(freedom, p):
-    """The p-quantile of Student's t. (scipy.stats has it, too, and takes a second to import.)"""
-    from scipy.special import stdtrit
-    return float(stdtrit(freedom, p))
-
-
-def freedom(pairs):
-    """Degrees of freedom of a mean over these pairs: one less than there are tasks or personas, whichever are fewer."""
-    return min(len(set(ids)) for ids in zip(*pairs)) - 1
-
-
-def interval_95(values, share=False):
-    """The 95 % interval [low, high] of a mean over {(task, persona): value}: `sem_two_way` times Student's t. A share
-    has Wilson's interval, which stays inside 0..1, for as many independent pairs as would have that standard error.
-    None where that is None."""
-    if (sem := sem_two_way(values)) is None:
-        return None
-    mean, q = sum(values.values()) / len(values), student(freedom(values), 0.975)
-    if not share:
-        return [float(mean - q * sem), float(mean + q * sem)]
-    n = mean * (1 - mean) / sem ** 2 if sem else len(values)
-    half = q * math.sqrt(mean * (1 - mean) / n + q * q / (4 * n * n))
-    low, high = ((mean + q * q / (2 * n) + side) / (1 + q * q / n) for side in (-half, half))
-    return [max(0.0, float(low)), min(1.0, float(high))]
-
-
 def smallest_difference(values):
     """The smallest true mean that a two-sided test at .05 finds in .8 of all studies like this one: (t_.975 + t_.8) x
     SEM, clustered, in the values' unit (Bloom 1995). None where the SEM is None."""
-    sem = sem_two_way(values)
-    return None if sem is None else (student(freedom(values), 0.975) + student(freedom(values), 0.8)) * sem
+    sem = clustered_sem(values)
+    return None if sem is None else (quantile(values, 0.975) + quantile(values, 0.8)) * sem
 
 
 def power(pairs, personas):
@@ -127,7 +48,7 @@ def power(pairs, personas):
         fail("--power PAIRS PERSONAS: at least two personas, and as many pairs.")
     for r in (0.0, 0.02, 0.05, 0.1, 0.2):
         sem = 0.5 * math.sqrt((1 + (pairs / personas - 1) * r) / pairs)
-        smallest = 0.5 + sem * sum(student(personas - 1, p) for p in (0.975, 0.8))
+        smallest = 0.5 + sem * sum(quantile([(i, i) for i in range(personas)], p) for p in (0.975, 0.8))
         yield {"pairs": str(pairs), "personas": str(personas), "r": f"{r:g}", "SEM": f"{sem:.3f}",
                "smallest": f"{smallest:.3f}" if smallest <= 1 else "none"}
 
@@ -141,8 +62,8 @@ def jackknife(statistic, values):
     if estimate is None or None in others.values():
         return estimate, None
     pseudo = {pair: n * estimate - (n - 1) * other for pair, other in others.items()}
-    sem = sem_two_way(pseudo)
-    half = None if sem is None else student(freedom(pseudo), 0.975) * sem
+    sem = clustered_sem(pseudo)
+    half = None if sem is None else quantile(pseudo, 0.975) * sem
     return estimate, None if half is None else [estimate - half, estimate + half]
 
 
@@ -197,20 +118,25 @@ class Table(NamedTuple):
     notes: tuple = ()                                           # what is measured, from which files
 
 
-TITLES = {"gold_log_prob": "Log-probability of the gold responses under Q_BASE (nats; mean ± SEM over pairs)",
-          "gold_log_prob_gain": "Gain in gold log-probability over Q_BASE (nats; mean ± SEM of paired differences)",
-          "win_rate": "Win rate against Q_BASE (wins + half the ties, ± SEM, over readable verdicts)"}
+TITLES = {"gold_log_prob": "Log-probability of the gold responses under Q_BASE (nats; mean ± clustered SEM)",
+          "gold_log_prob_gain": "Gain in gold log-probability (nats over Q_BASE, paired; mean ± clustered SEM, 95 % interval)",
+          "win_rate": "Win rate against Q_BASE (wins + half the ties; mean ± clustered SEM, 95 % interval)"}
 
 
-def table(results, metric, title, cell=None):
+def table(results, metric, title):
     """The paper's table for one metric, or None: a line for each condition, variant and Roleplayer, a column for each
-    iteration. Q_BASE stands in the first column of `main`. cell: a function from a row to its text."""
+    iteration. Q_BASE stands in the first column of `main`. Intervals stand in brackets, if the title speaks of them."""
     rows = [row for row in results if row["metric"] == metric]
     if not rows:
         return None
     digits = 3 if metric.endswith(("rate", "share", "coverage")) else 2
-    cell = cell or (lambda row: " ± ".join(
-        f"{row[name]:.{digits}f}" for name in ("mean", "sem") if row[name] is not None))
+
+    def text(row):
+        spread = "" if row["sem"] is None else f" ± {row['sem']:.{digits}f}"
+        if "interval" in title and row.get("interval_95"):
+            spread += " ({:.2f} to {:.2f})".format(*row["interval_95"])
+        return "-" if row["mean"] is None else f"{row['mean']:.{digits}f}{spread}"
+
     numbers, several = {row["n"] for row in rows}, len({row["roleplayer"] for row in rows}) > 1
     iterations = sorted({row["iteration"] for row in rows})
     lines = defaultdict(dict)                                   # (condition, label) -> {iteration: text}
@@ -220,7 +146,7 @@ def table(results, metric, title, cell=None):
         if not row["condition"].endswith("control"):
             label = "  " * bool(condition) + row["variant"] + (f" ({row['roleplayer']})" if several else "")
             lines[condition, ""] = {}
-        lines[condition, label][row["iteration"]] = cell(row)
+        lines[condition, label][row["iteration"]] = text(row)
     return Table(f"{title}; n = {' to '.join(map(str, sorted({min(numbers), max(numbers)})))}",
                  ["", *(f"t={t}" if t else "Q_BASE" for t in iterations)],
                  [[label or condition, *(line.get(t, "") for t in iterations)]
@@ -228,15 +154,9 @@ def table(results, metric, title, cell=None):
 
 
 def tables(results):
-    """The tables of all metrics; after those of differences and win rates their 95 % intervals."""
-    found = {row["metric"]: row.get("title", row["metric"]) for row in results}
-    titles = {**found, **{metric: title for metric, title in TITLES.items() if metric in found}}
-    for metric in sorted(titles, key=lambda metric: [*TITLES].index(metric) if metric in TITLES else -1):
-        yield table(results, metric, titles[metric])
-        if metric in ("gold_log_prob_gain", "win_rate"):
-            title = f"{titles[metric].split(' (')[0]}: 95 % intervals, clustered by task and persona"
-            yield table(results, metric, title,
-                        lambda row: "{:.2f} to {:.2f}".format(*row["interval_95"]) if row.get("interval_95") else "-")
+    """The tables of all metrics: first those that evaluate.py does not know, such as toy/measure.py's."""
+    others = {row["metric"]: row.get("title", row["metric"]) for row in results if row["metric"] not in TITLES}
+    return [table(results, *metric) for metric in {**others, **TITLES}.items() if table(results, *metric)]
 
 
 def cell(estimate, interval, digits=2):
@@ -260,6 +180,7 @@ def as_table(function, *args):
 
 def as_text(table):
     """Lines of a table for a terminal."""
-    width = max(len(row[0]) for row in table.rows)
-    return ["", table.title, *("".join([f"{first:<{width}}", *(f"{text:>16}" for text in more)]).rstrip()
-                               for first, *more in [table.head, *table.rows])]
+    lines = [table.head, *table.rows]
+    first, *more = (max(map(len, column)) for column in zip(*lines))
+    return ["", table.title, *("".join([f"{line[0]:<{first}}", *(f"{text:>{max(16, width + 3)}}" for text, width in zip(
+        line[1:], more))]).rstrip() for line in lines)]

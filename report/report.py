@@ -1,31 +1,34 @@
 """What a run has learned, to look at: tables, pictures, and conversations before and after training.
 
-    python report.py runs/toy               reads the run's folder; no model, no server
-    python report.py --power 300 10         before a run: the smallest win rate that 300 pairs of 10 people can show
+    python report/report.py runs/toy             reads the run's folder; no model, no server
+    python report/report.py --power 300 10       the smallest win rate that 300 pairs of 10 people can show
 
     writes  RUN/report/index.html       one file, which opens without a network
             RUN/report/report.md        the same as text
-            RUN/report/NAME.png, .svg   the pictures, if matplotlib is there (requirements-report.txt)
+            RUN/report/NAME.png, .svg   the pictures, if matplotlib is there (report/requirements.txt)
 
 Evaluations are found by the settings that evaluate.py leaves beside its rows. Each table is a function; its docstring
-stands on the page. Means and shares are over (task, persona) pairs, with 95 % intervals clustered by both (results.py).
+stands on the page. Means and shares are over (task, persona) pairs, with 95 % intervals clustered by both.
 """
 import argparse
 import base64
 import re
+import sys
 from collections import Counter, defaultdict
 from pathlib import Path
 from types import SimpleNamespace
 
 import jinja2                                                   # transformers' chat templates need it, too
 
-from common import (PAIR, SAMPLE, fail, fingerprint, key_of, natural, pair_of, printable, read_conversations,
-                    read_gold, read_personas, read_rows, read_settings, read_tasks, run, write_whole)
-from evaluate import combine
-from results import (as_table, as_text, cell, jackknife, kappa, length_controlled, mean, minus, of_pairs, power,
-                     read_results, share_of, smallest_difference, tables)
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the stages; first, since PyPI has an "evaluate", too
+from common import (PAIR, SAMPLE, fail, fingerprint, key_of, natural, pair_of, printable,  # noqa: E402
+                    read_conversations, read_gold, read_personas, read_rows, read_settings, read_tasks, run,
+                    write_whole)
+from evaluate import combine, read_results  # noqa: E402
+from report.stats import (as_table, as_text, cell, jackknife, kappa, length_controlled, mean, minus,  # noqa: E402
+                          of_pairs, power, share_of, smallest_difference, tables)
 
-DATA = Path(__file__).parent / "data"
+HERE = Path(__file__).parent
 
 # ---------------------------------------------------------------- the rows of all evaluations
 
@@ -34,7 +37,7 @@ def read_evaluations(folder, split, tasks, personas):
 
     talks      {(task, persona, sample): conversation}      responses  {pair: row}
     log_probs  {condition: {(task, persona, sample): nats}} verdicts   {pair: its rows, one for each order}
-    base       Q_BASE's evaluation with the same user       settings, name, variant, t, user
+    base       Q_BASE's evaluation with the same user       settings, name, variant, t, user, turns
     """
     there = [(path.parent, read_settings(str(path).removesuffix(".settings.json")))
              for path in sorted(Path(folder).rglob("*.settings.json"))]
@@ -50,8 +53,9 @@ def read_evaluations(folder, split, tasks, personas):
                     ("log_probs", {**SAMPLE, "condition": str}, {"log_prob": float | int | None}),
                     ("responses", SAMPLE, {"turns": int, "response": str}),
                     ("verdicts", {**PAIR, "order": str}, {"turns": int, "verdict": str | None, "raw": str}))}
-        e = SimpleNamespace(settings=s, variant=s["variant"], t=s["iteration"], user=s["roleplayer"], verdicts={},
-                            log_probs=defaultdict(dict), refused=sum("refused" in r for f in rows.values() for r in f))
+        e = SimpleNamespace(settings=s, variant=s["variant"], t=s["iteration"], user=s["roleplayer"],
+                            turns=s.get("turns"), verdicts={}, log_probs=defaultdict(dict),
+                            refused=sum("refused" in r for f in rows.values() for r in f))
         e.name = f"{e.variant}, t={e.t}" if e.t or e.variant != "main" else "Q_BASE"
         talks = read_conversations(files[s["conversations"]], tasks, personas)
         e.talks = {key_of(row): row["conversation"] for row in talks if "refused" not in row}
@@ -66,6 +70,7 @@ def read_evaluations(folder, split, tasks, personas):
         found.append(e)
     if not found:
         fail(f"{folder}: no evaluation of split {split} is there. evaluate.py writes them.")
+    # The first user is whom Q_BASE has met in the least deep folder: others have a folder each.
     user = settings[min(settings, key=lambda path: (settings[path]["iteration"], len(path.parts)))]["roleplayer"]
     found.sort(key=lambda e: (e.t > 0, e.user != user, e.user, e.variant != "main", e.variant, e.t))
     nobody = SimpleNamespace(golds={}, responses={})         # Q_BASE has not met this user
@@ -253,11 +258,11 @@ def gain_a_turn(evaluations):
 
     Nats under Q_BASE, of the pairs with the longest conversations, cut after 0, 1, ... questions.
 
-    log_probs.jsonl of VARIANTS=turns (shorten.py)."""
-    for e in evaluations:
-        cut = {int(c.variant.split("-after-")[1]): golds(c) for c in evaluations if (c.t, c.user) == (e.t, e.user)
-               and re.fullmatch(rf"{re.escape(e.variant)}-after-\d+", c.variant)}
-        steps = {0: golds(e.base, "negative_control"), **cut, max(map(len, e.talks.values()), default=0) // 2: golds(e)}
+    log_probs.jsonl of VARIANTS=turns (evaluate.py --turns)."""
+    for e in [e for e in evaluations if golds(e) and not e.turns]:
+        cut = {c.turns: golds(c) for c in evaluations
+               if c.turns and (c.t, c.settings["conversations"]) == (e.t, e.settings["conversations"])}
+        steps = {0: golds(e.base, "negative_control"), **cut, max(map(len, e.talks.values())) // 2: golds(e)}
         pairs = [pair for pair in golds(e) if all(pair in step for step in steps.values())]
         if cut:
             yield {"model": e.name, "user": e.user, "n": str(len(pairs)),
@@ -305,26 +310,27 @@ def main():
     args = parse_args()
     if args.power:
         return print(*as_text(as_table(power, *args.power)), sep="\n")
-    rows = [row for row in read_results(f"{args.run}/results.jsonl") if row["split"] == args.split
-            and "-after-" not in row["variant"]]                # shortened conversations have a table of their own
+    rows = [row for row in read_results(f"{args.run}/results.jsonl") if row["split"] == args.split]
     if not rows:
         fail(f"{args.run}/results.jsonl: no results on split {args.split}. evaluate.py writes them.")
-    means = list(tables(rows))
-    print(*(line for one in means for line in as_text(one)), sep="\n")
-    tasks = read_tasks(args.tasks or next(filter(Path.exists, (Path(args.run, "tasks.jsonl"), DATA / "tasks.jsonl"))))
+    tasks = read_tasks(args.tasks or next(filter(Path.exists, (
+        Path(args.run, "tasks.jsonl"), HERE.parent / "data/tasks.jsonl"))))
     personas = read_personas(args.personas or f"{args.run}/personas.jsonl")
     gold = read_gold(args.gold or f"{args.run}/gold-{args.split}.jsonl")
     evaluations = read_evaluations(args.run, args.split, tasks, personas)
-    whole = [e for e in evaluations if "-after-" not in e.variant]
+    whole = [e for e in evaluations if not e.turns]             # cut conversations have a table of their own
+    rows = [row for row in rows if row["variant"] not in {e.variant for e in evaluations if e.turns}]
+    means = tables(rows)
+    print(*(line for one in means for line in as_text(one)), sep="\n")
     folder = Path(args.run, "report" if args.split == "test" else f"report-{args.split}")
     folder.mkdir(exist_ok=True)
     try:
-        from pictures import draw
-        published = read_results(DATA / "published.jsonl") if args.published else []
+        from report.pictures import draw
+        published = read_results(HERE.parent / "data/published.jsonl") if args.published else []
         pictures = draw(folder, rows, args.run, evaluations[0].user, published)
     except ModuleNotFoundError as error:
         pictures = {}
-        print(f"\nNo pictures: {error}. `pip install -r requirements-report.txt` brings matplotlib.")
+        print(f"\nNo pictures: {error}. `pip install -r report/requirements.txt` brings matplotlib.")
     mine = [e for e in whole if (e.variant, e.user) == ("main", whole[0].user)]     # in order of t
     page = {"last": mine[-1].t if mine else 0, "won": mean(points(mine[-1]), share=True) if mine else "-",
             "gain": mean(minus(golds(mine[-1]), golds(mine[-1].base))) if mine else "-",
@@ -339,7 +345,7 @@ def main():
                                     [side(of, pair) for of in (e.base, e)], e.verdicts.get(pair, []))
                               for why, pair in chosen.items()}) for e in whole if e.t and (chosen := examples(e))]}
     for name in ("index.html", "report.md"):
-        templates = jinja2.Environment(loader=jinja2.FileSystemLoader(DATA), trim_blocks=True,
+        templates = jinja2.Environment(loader=jinja2.FileSystemLoader(HERE), trim_blocks=True,
                                        lstrip_blocks=True, undefined=jinja2.StrictUndefined, autoescape="html" in name)
         write_whole(folder / name, printable(templates.get_template(f"{name}.jinja").render(page)))
     print(f"\n{folder}/index.html: {sum(map(bool, page['tables']))} tables, {len(pictures)} pictures, conversations of "

@@ -8,15 +8,10 @@ from pathlib import Path
 
 import matplotlib
 
-from results import CONDITIONS
+from report.stats import CONDITIONS
 
 matplotlib.use("Agg")                                           # draws into files, without a screen
 from matplotlib import pyplot  # noqa: E402
-
-
-def after(variant):
-    """Whether these are shortened conversations (shorten.py)."""
-    return "-after-" in variant
 
 
 ANSWERED = ("base_answers", "base_questions", "base_hidden")    # who answers on whose conversations
@@ -33,7 +28,7 @@ PICTURES = {
     "log_probs": ("gold_log_prob", "Log-probability of the gold response (nats), main",
                   lambda row: row["first_user"] and row["variant"] == "main", lambda row: CONDITIONS[row["condition"]]),
     "variants": ("gold_log_prob", "Log-probability of the gold after the own conversation (nats)",
-                 lambda row: row["first_user"] and row["condition"] == "q_experimental" and not after(row["variant"]),
+                 lambda row: row["first_user"] and row["condition"] == "q_experimental",
                  lambda row: row["variant"])}
 STYLES = list(zip("#000000 #D55E00 #0072B2 #009E73 #CC79A7 #E69F00 #56B4E9".split(), "osD^vPX",
                   ("-", "--", "-.", ":", "-", "--", "-.")))
@@ -46,6 +41,7 @@ def lines_of(results, name, user):
     several = len({row["roleplayer"] for row in results}) > 1
     rows = [{**row, "first_user": row["roleplayer"] == user, "several_users": several}
             for row in results if row["metric"] == metric and row["mean"] is not None]
+
     def order(row):
         return row["variant"] != "main", row["variant"], list(CONDITIONS).index(row["condition"]), row["iteration"]
 
