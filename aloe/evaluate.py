@@ -31,20 +31,17 @@ from pathlib import Path
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # first: there, too, is an evaluate.py
-from aloe.simulate import (ROLEPLAY_PROMPT, TEXT, read_people, talk, talk_parser, user_speaker,  # noqa: E402
-                           walked)
-from common import (Request, Rows, answer_all, fail, fingerprint, lines_of, natural, read_prompt, run,  # noqa: E402
+from aloe.simulate import read_people, talk, talk_parser, user_speaker, walked  # noqa: E402
+from common import (Request, Rows, answer_all, fail, fingerprint, natural, read_prompts, run,  # noqa: E402
                     say, seed_for, start_processes)
-from evaluate import roleplayer_label  # noqa: E402
-from results import mean_sem, read_results, write_results  # noqa: E402
-from users import read_users, users_setting  # noqa: E402
+from evaluate import read_results, roleplayer_label, write_results  # noqa: E402
 
-JUDGE_PROMPT = read_prompt("aloe_judge")
+PROMPTS = read_prompts("aloe_judge")
 
 
-def judge_chat(person, message, response):
+def judge_chat(person, message, response, prompts=PROMPTS):
     """The judge's prompt: the persona, the user's message and the reply to it."""
-    return [{"role": "user", "content": JUDGE_PROMPT.format(
+    return [{"role": "user", "content": prompts["aloe_judge"].format(
         profile=person["profile"], personality=person["personality"], message=message, response=response)}]
 
 
@@ -64,6 +61,12 @@ def improvement(al):
         slope = (dk @ d) / (dk @ dk)                            # eq. 3: argmin over b, a of sum (b k + a - AL(k))^2
         return {"AL": float(al.mean()), "IR": float(slope), "N-IR": float(slope / np.float64(np.ptp(al))),  # eq. 4
                 "R2": float((dk @ d) ** 2 / ((dk @ dk) * (d @ d)))}
+
+
+def mean_sem(values):
+    """{"mean", "sem", "n"} of one value a person. People are independent: the plain standard error, None for one."""
+    n = len(values)
+    return {"mean": float(np.mean(values)), "sem": float(np.std(values, ddof=1) / n ** 0.5) if n > 1 else None, "n": n}
 
 
 def bootstrap(scores, seed, draws=2000):
@@ -94,34 +97,31 @@ def table(results):
     return lines
 
 
-def main():
+def parse_args():
     parser = talk_parser(__doc__, "folder of the conversations and scores", "test")
     parser.add_argument("--judge", required=True, help="gives 1 to 5; the paper: GPT-4o")
     parser.add_argument("--judge-max-tokens", type=natural, default=16, help="length of a score")
     parser.add_argument("--results", default="runs/aloe/results.jsonl", help="gets four rows; a rerun replaces them")
     parser.add_argument("--variant", required=True, help="the model's name in the table: base, sft, rejected, sft_dpo")
-    args = parser.parse_args()
-    people, processes = read_people(args.personas, args.split, args.limit, args.seed), start_processes()
-    users = read_users(args, ROLEPLAY_PROMPT)
-    settings = {"prompts": [ROLEPLAY_PROMPT, JUDGE_PROMPT], "variant": None, **users_setting(args, users)}
-    path = f"{args.output}/conversations.jsonl"
-    output = Rows(args, path, ("persona_id",), processes, **settings, judge=None, judge_max_tokens=None)
+    return parser.parse_args()
 
-    def judge(rounds_of):
-        return {(*key, k): Request(judge_chat(people[key], r["user"], r["reply"]),
-                                   seed_for(args.seed, "judge", *key, k))
-                for key in people for k, r in enumerate(rounds_of(key))}
 
-    requests = judge(lambda key: [{"user": TEXT, "reply": TEXT}] * args.rounds if args.dry_run else [])
-    talk(output, people, [["user"], ["reply"]], {
-        "user": user_speaker(args, people, users),
-        "reply": (lambda _: args.model, args.temperature, lambda _, said, now: said)}, lambda *_: {}, "conversations",
-        (args.judge, [request.chat for request in requests.values()], args.judge_max_tokens))
+def main():
+    args = parse_args()
+    people = read_people(args.personas, args.split, args.limit, args.seed)
+    roleplay, judging = (read_prompts(name, folder=args.prompts) for name in ("aloe_roleplay", "aloe_judge"))
+    speakers = {"user": user_speaker(args, people, roleplay),
+                "reply": (lambda _: args.model, args.temperature, lambda _, said, now: said)}
+    path, processes = f"{args.output}/conversations.jsonl", start_processes()
+    output = Rows(args, path, ("persona_id",), processes, ("variant", "judge", "judge_max_tokens"), **roleplay)
+    talk(output, people, [["user"], ["reply"]], speakers, lambda *_: {}, "conversations")
 
-    scores = Rows(args, f"{args.output}/scores.jsonl", ("persona_id", "round"), processes, **settings,
+    scores = Rows(args, f"{args.output}/scores.jsonl", ("persona_id", "round"), processes, ("variant",), **judging,
                   conversations=fingerprint(path))              # those that are made again make the scores stale
     whole = [key for key in people if "refused" not in output[key]]                        # the N people who count
-    requests = judge(lambda key: output[key]["rounds"] if key in whole else [])
+    requests = {(*key, k): Request(judge_chat(people[key], r["user"], r["reply"], judging),
+                                   seed_for(args.seed, "judge", *key, k))
+                for key in whole for k, r in enumerate(output[key]["rounds"])}
 
     def score_row(key, reply):
         score = read_score(reply.text)
@@ -141,7 +141,7 @@ def main():
         write_results(args.results, [{**common_fields, "metric": name, **(spread if name == "AL" else {"sem": None}),
                                       "mean": None if np.isnan(mean) else mean, "n": len(matrix),
                                       "interval_95": intervals.get(name)} for name, mean in means.items()])
-        say(processes, "", *lines_of(walked(output[whole[0]]["rounds"])), "",
+        say(processes, "", *walked(output[whole[0]]["rounds"]), "",
             *table([row for row in read_results(args.results) if row["split"] == args.split]))
     say(processes, f"{scores.summary()}; {sum(row['score'] is None for row in scores.values())} unreadable; "
                    f"{len(people) - len(whole)} of {len(people)} conversations refused")

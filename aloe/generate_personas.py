@@ -29,10 +29,11 @@ from pathlib import Path
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # first: there, too, is a generate_personas.py
-from common import (Request, Rows, add_model_flags, amount, announce, answer_all, fail, load, natural,  # noqa: E402
-                    nucleus, number, read_prompt, read_rows, run, say, seed_for, stage_parser, start_processes)
+from common import (Request, Rows, add_model_flags, amount, answer_all, fail, load,  # noqa: E402
+                    natural, nucleus, number, read_prompts, read_rows, run, say, seed_for, stage_parser,
+                    start_processes)
 
-PROMPTS = {"profiles": read_prompt("aloe_profiles"), "personalities": read_prompt("aloe_personalities")}
+POOLS = ("profiles", "personalities")
 
 
 def ngrams(texts, n=4, d=4096):
@@ -111,7 +112,7 @@ def parse_args():
     here = Path(__file__).resolve().parent / "data"
     parser = stage_parser(__doc__, "personas (JSONL)", "write the first N of each split")
     parser.add_argument("--model", required=True, help="who writes; the paper: GPT-4o")
-    for pool in PROMPTS:
+    for pool in POOLS:
         parser.add_argument(f"--{pool}", default=str(here / f"{pool}.jsonl"), metavar="PATH", help=f"seeds of {pool}")
     parser.add_argument("--splits", type=split_sizes, default="train=3310,test=100", help="how many personas of each")
     parser.add_argument("--held-out", type=natural, nargs=2, default=[20, 7], metavar=("PROFILES", "PERSONALITIES"),
@@ -131,17 +132,15 @@ def parse_args():
 
 def main():
     args = parse_args()
-    pools = {pool: [row["text"] for row in read_rows(getattr(args, pool), {"text": str}, {})] for pool in PROMPTS}
-    processes = start_processes() if all(pools.values()) else fail(
-        f"{args.profiles}, {args.personalities}: no text in one of them. A pool grows from some.")
+    pools = {pool: [row["text"] for row in read_rows(getattr(args, pool), {"text": str}, {})] for pool in POOLS}
+    if not all(pools.values()):
+        fail(f"{args.profiles}, {args.personalities}: no text in one of them. A pool grows from some.")
+    prompts, processes = read_prompts(*(f"aloe_{pool}" for pool in POOLS), folder=args.prompts), start_processes()
     # A pool follows from the replies: these alone must survive a kill. `limit` and `splits` say what is made of it.
-    name, settings = args.output.removesuffix(".jsonl"), {"prompts": PROMPTS, "splits": None, "held_out": None}
-    replies = Rows(args, f"{name}.replies.jsonl", ("pool", "round"), processes, **settings, rounds=None)
-    everything = Rows(args, f"{name}.pools.jsonl", ("pool", "round", "item"), processes, **settings)
-    personas = Rows(args, args.output, ("persona_id",), processes, prompts=PROMPTS)
-    if args.dry_run:                                            # at most: nobody knows when a pool is full
-        announce(replies, (args.model, [[{"role": "user", "content": PROMPTS[pool] + args.examples * pools[pool][0]}]
-                                        for pool in pools] * args.rounds, args.max_tokens))
+    name, made_of_it = args.output.removesuffix(".jsonl"), ("splits", "held_out")
+    replies = Rows(args, f"{name}.replies.jsonl", ("pool", "round"), processes, ("rounds", *made_of_it), **prompts)
+    everything = Rows(args, f"{name}.pools.jsonl", ("pool", "round", "item"), processes, made_of_it, **prompts)
+    personas = Rows(args, args.output, ("persona_id",), processes, **prompts)
     embed = ngrams if args.embedder == "ngrams" else encoder(args.embedder)
     vectors = {pool: embed(pools[pool]) for pool in pools}
     rows = [{"pool": pool, "round": 0, "item": i, "text": text, "kept": True} for pool in pools
@@ -152,7 +151,7 @@ def main():
         for pool in growing:
             seed = seed_for(args.seed, pool, r)
             shown = random.Random(seed).sample(pools[pool], min(args.examples, len(pools[pool])))
-            content = PROMPTS[pool].format(examples="\n".join(shown))
+            content = prompts[f"aloe_{pool}"].format(examples="\n".join(shown))
             requests[pool, r] = Request([{"role": "user", "content": content}], seed)
         answer_all(replies, requests, args.model, (args.temperature, args.top_p, args.max_tokens), f"pools, round {r}",
                    lambda key, reply: {"reply": reply.text})
@@ -174,7 +173,7 @@ def main():
             break
 
     parts = [split_pool(pools[pool], {split: held if i else None for i, split in enumerate(args.splits)}, args.seed)
-             for pool, held in zip(PROMPTS, args.held_out)]
+             for pool, held in zip(POOLS, args.held_out)]
     made = []
     for split, size in args.splits.items():
         profiles, personalities = parts[0][split], parts[1][split]

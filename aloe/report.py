@@ -4,7 +4,7 @@
     python aloe/report.py runs/aloe/seed-100 runs/aloe/seed-101     # of several runs: means, ± the standard deviation
 
     reads   RUN/results.jsonl           the rows of evaluate.py (and toy/measure.py)
-    writes  RUN/report/al-T0.png, .svg  a picture for each temperature, if matplotlib is there (requirements-report.txt)
+    writes  RUN/report/al-T0.png, .svg  a picture for each temperature, if matplotlib is there (report/requirements.txt)
 """
 import argparse
 import statistics
@@ -15,7 +15,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # first: there, too, is a report.py
 from aloe.evaluate import table  # noqa: E402
 from common import fail, run  # noqa: E402
-from results import read_results  # noqa: E402
+from evaluate import read_results  # noqa: E402
 
 
 def curves(results, condition):
@@ -38,24 +38,26 @@ def over_seeds(runs):
     lines = [f"{'':<16}" + "".join(f"{name:>17}" for name in COLUMNS if name in columns)]
     for model in models:
         cells = [values.get((model, name), [None]) for name in COLUMNS if name in columns]
-        lines.append(f"{model:<16}" + "".join(
-            f"{'-' if None in means or len(means) < 2 else f'{statistics.mean(means):.3f} ± {statistics.stdev(means):.3f}':>17}"
-            for means in cells))
+        cells = ["-" if None in means or len(means) < 2 else
+                 f"{statistics.mean(means):.3f} ± {statistics.stdev(means):.3f}" for means in cells]
+        lines.append(f"{model:<16}" + "".join(f"{cell:>17}" for cell in cells))
     return lines
 
 
 def draw(results, folder):
     """Writes a picture for each temperature; returns their names."""
-    from pictures import STYLES, pyplot
+    from report.pictures import STYLES, pyplot
     names = []
     for condition in dict.fromkeys(row["condition"] for row in results if row["metric"] == "AL"):
         lines = curves(results, condition)
         panels = [{model: lines[model] for model in lines if (model in PAPER) == own} for own in (True, False)]
         panels = {title: panel for title, panel in zip(("Alignment with the user", "Controls"), panels) if panel}
-        figure, axes = pyplot.subplots(len(panels), figsize=(5.5, 4.5 * len(panels)), squeeze=False, layout="constrained")
+        size = (5.5, 4.5 * len(panels))
+        figure, axes = pyplot.subplots(len(panels), figsize=size, squeeze=False, layout="constrained")
         for ax, (title, panel) in zip(axes[:, 0], panels.items()):
             for (model, al), (colour, marker, dash) in zip(panel.items(), 3 * STYLES):
-                ax.plot(range(1, len(al) + 1), al, color=colour, marker=marker, linestyle=dash, markersize=4, label=model)
+                ax.plot(range(1, len(al) + 1), al, color=colour, marker=marker, linestyle=dash, markersize=4,
+                        label=model)
             ax.set(xlabel="round k", ylabel="AL(k)", ylim=(1, 5), title=f"{title} ({condition})")
             ax.legend(frameon=False, fontsize=9, loc="upper center", bbox_to_anchor=(0.5, -0.14), ncols=4)
         names.append(f"al-{condition.replace('=', '')}")
@@ -81,7 +83,7 @@ def main():
             folder.mkdir(exist_ok=True)
             print(f"{folder}: pictures {', '.join(draw(results, folder))}")
     except ModuleNotFoundError as error:
-        print(f"\nNo pictures: {error}. `pip install -r requirements-report.txt` brings matplotlib.")
+        print(f"\nNo pictures: {error}. `pip install -r report/requirements.txt` brings matplotlib.")
 
 
 if __name__ == "__main__":

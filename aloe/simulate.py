@@ -26,35 +26,33 @@ import re
 import sys
 from collections import defaultdict
 from pathlib import Path
+from random import Random
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # first: there, too, are a simulate.py and a train.py
-from common import (Request, Rows, add_model_flags, amount, announce, fail, has_human, lines_of, natural,  # noqa: E402
-                    nucleus, open_model, read_prompt, read_rows, run, sample_pairs, save_blocks, say, seed_for,
+from common import (Request, Rows, add_model_flags, amount, fail, name_of,  # noqa: E402
+                    natural, nucleus, open_model, read_prompts, read_rows, run, sample_pairs, say, seed_for,
                     stage_parser, start_processes)
-from users import add_user_flags, read_users, user_of, users_setting  # noqa: E402
+from simulate import save_blocks  # noqa: E402
 
-ROLEPLAY_PROMPT = read_prompt("aloe_roleplay")
-INDUCTION_PROMPT = read_prompt("aloe_induction")
-HINT = read_prompt("aloe_hint")
-TEXT = "word " * 40                 # an estimate: what a message to come is taken for
+PROMPTS = read_prompts("aloe_roleplay", "aloe_induction", "aloe_hint")
 
 
-def roleplayer_chat(person, conversation, prompt=ROLEPLAY_PROMPT):
+def roleplayer_chat(person, conversation, prompts=PROMPTS):
     """What the user's model sees: the persona, and the conversation with the roles turned around."""
-    prompt, other = prompt.format(**person), {"user": "assistant", "assistant": "user"}
-    return [{"role": "user", "content": prompt},
+    other = {"user": "assistant", "assistant": "user"}
+    return [{"role": "user", "content": prompts["aloe_roleplay"].format(**person)},
             *({"role": other[turn["role"]], "content": turn["content"]} for turn in conversation)]
 
 
-def inducer_chat(person, conversation):
+def inducer_chat(person, conversation, prompts=PROMPTS):
     """What the inducer sees: the persona, and the conversation up to the user's last message."""
     lines = "\n".join(f"{'A' if turn['role'] == 'user' else 'B'}: {turn['content']}" for turn in conversation)
-    return [{"role": "user", "content": INDUCTION_PROMPT.format(conversation=lines, **person)}]
+    return [{"role": "user", "content": prompts["aloe_induction"].format(conversation=lines, **person)}]
 
 
-def hinted(conversation, revealed):
+def hinted(conversation, revealed, prompts=PROMPTS):
     """What the model sees for the preferred reply: the hint stands below the user's last message."""
-    hint = HINT.format(revealed=revealed)
+    hint = prompts["aloe_hint"].format(revealed=revealed)
     return [*conversation[:-1], {"role": "user", "content": f"{conversation[-1]['content']}\n{hint}"}]
 
 
@@ -99,34 +97,29 @@ def simulate(people, K, steps, choose, ask):
     return rows
 
 
-def talk(output, people, steps, speakers, choose, what, *later):
+def talk(output, people, steps, speakers, choose, what):
     """Simulates the conversations that `output` does not have, and saves them, a block of people at a time.
 
-    speakers: {field: (key -> model, temperature, (key, messages, this round) -> what it sees)}; later: for `announce`
+    speakers: {field: (key -> model, temperature, (key, messages, this round) -> what it sees)}
     """
-    args, K = output.args, output.args.rounds
-    size = 1 if has_human(args) else max(1, args.batch_size // max(map(len, steps)))    # two replies each: half as many
+    args = output.args
+    size = max(1, args.batch_size // max(map(len, steps)))      # two replies each: half as many
     blocks = [list(people)[i:i + size] for i in range(0, len(people), size)]
     todo = [block for block in blocks if not all(key in output for key in block)]
-    middle, chats = [{"user": TEXT, "reply": TEXT}] * (K // 2), defaultdict(list)      # it stands for all rounds
-    for field, (model_of, _, chat) in speakers.items():
-        so_far = walked(middle + [{"user": TEXT}] * (field != "user"))
-        for key in (key for block in todo for key in block):
-            chats[model_of(key)] += [chat(key, so_far, {"revealed": TEXT})] * K
-    announce(output, *((spec, chats[spec], args.max_tokens) for spec in chats), *later)
-    models = {spec: open_model(spec, args, output.processes) for spec in chats if todo}
+    specs = {model_of(key) for model_of, _, _ in speakers.values() for key in people}
+    models = {spec: open_model(spec, args, output.processes) for spec in specs if todo}
 
     def ask(k, asked, rows):
-        requests = defaultdict(dict)                            # two replies by one model are one batch
+        requests = defaultdict(dict)                            # two replies by one model share batch and history
         for key, field in asked:
             (model_of, temperature, chat), rounds = speakers[field], rows[key]["rounds"]
-            requests[model_of(key), temperature][key, field] = Request(chat(key, walked(rounds), rounds[-1]),
-                                                                       seed_for(args.seed, field, *key, k))
+            requests[model_of(key), temperature][key, field] = Request(
+                chat(key, walked(rounds), rounds[-1]), seed_for(args.seed, field, *key, k), key)
         for (spec, temperature), of_it in requests.items():
             yield from models[spec].generate(of_it, temperature, args.top_p, args.max_tokens)
 
     def simulate_block(block):
-        rows = simulate({key: people[key] for key in block}, K, steps, choose, ask)
+        rows = simulate({key: people[key] for key in block}, args.rounds, steps, choose, ask)
         return [(key, {name: value for name, value in row.items() if value or name == "rounds"})
                 for key, row in rows.items()]
 
@@ -150,7 +143,8 @@ def talk_parser(manual, output, split):
     """The parser of a stage that talks with the user."""
     parser = stage_parser(manual, output, "talk with a seeded sample of N personas")
     parser.add_argument("--model", required=True, help="whose replies these are; the paper simulates with GPT-4o")
-    add_user_flags(parser, required=True, help="plays the user; the paper: GPT-4o; several share the personas")
+    parser.add_argument("--roleplayer", nargs="+", metavar="MODEL", required=True,
+                        help="plays the user; the paper: GPT-4o; several share the personas evenly")
     parser.add_argument("--personas", default="runs/aloe/personas.jsonl", help="personas (JSONL)")
     parser.add_argument("--split", default=split, help="of the personas")
     parser.add_argument("--rounds", type=natural, default=10, metavar="K", help="in a conversation")
@@ -162,27 +156,34 @@ def talk_parser(manual, output, split):
     return parser
 
 
-def user_speaker(args, people, users):
-    """Deals each person one of `users`, notes its name in the row, and returns the speaker for `talk`."""
-    who = {key: user_of(users, args.seed, *key) for key in people}
+def user_speaker(args, people, prompts):
+    """The users, as a speaker for `talk`. A hash deals each person one of --roleplayer; the row tells its name."""
+    names = {model: name_of(model) for model in args.roleplayer}
+    if len({*names.values()}) < len(args.roleplayer):
+        fail("--roleplayer: two have one name. Rename one: the rows tell them apart by name.")
+    who = {key: Random(seed_for(args.seed, "roleplayer", *key)).choices(args.roleplayer)[0] for key in people}
     for key, row in people.items():
-        row["roleplayer"] = who[key].name
-    return (lambda key: who[key].model, args.roleplayer_temperature,
-            lambda key, said, _: roleplayer_chat(people[key], said, who[key].prompt))
+        row["roleplayer"] = names[who[key]]
+    return who.get, args.roleplayer_temperature, lambda key, said, _: roleplayer_chat(people[key], said, prompts)
+
+
+def parse_args():
+    parser = talk_parser(__doc__, "conversations (JSONL)", "train")
+    parser.add_argument("--inducer", required=True, help="says what the user has shown; the paper: GPT-4o")
+    return parser.parse_args()
 
 
 def main():
-    parser = talk_parser(__doc__, "conversations (JSONL)", "train")
-    parser.add_argument("--inducer", required=True, help="says what the user has shown; the paper: GPT-4o")
-    args = parser.parse_args()
-    people, users = read_people(args.personas, args.split, args.limit, args.seed), read_users(args, ROLEPLAY_PROMPT)
-    output = Rows(args, args.output, ("persona_id",), start_processes(), **users_setting(args, users),
-                  prompts=[ROLEPLAY_PROMPT, INDUCTION_PROMPT, HINT])
+    args = parse_args()
+    people = read_people(args.personas, args.split, args.limit, args.seed)
+    prompts = read_prompts(*PROMPTS, folder=args.prompts)
     speakers = {
-        "user": user_speaker(args, people, users),
-        "revealed": (lambda _: args.inducer, 0.0, lambda key, said, _: inducer_chat(people[key], said)),
-        "preferred": (lambda _: args.model, args.temperature, lambda _, said, now: hinted(said, now["revealed"])),
+        "user": user_speaker(args, people, prompts),
+        "revealed": (lambda _: args.inducer, 0.0, lambda key, said, _: inducer_chat(people[key], said, prompts)),
+        "preferred": (lambda _: args.model, args.temperature,
+                      lambda _, said, now: hinted(said, now["revealed"], prompts)),
         "rejected": (lambda _: args.model, args.temperature, lambda _, said, now: said)}
+    output = Rows(args, args.output, ("persona_id",), start_processes(), **prompts)
     talk(output, people, [["user"], ["revealed"], ["preferred", "rejected"]], speakers, lambda key, k: {
         "chosen": ("preferred", "rejected")[seed_for(args.seed, "chosen", *key, k) % 2]}, "conversations")
     whole = [row for row in output.values() if "refused" not in row]
@@ -191,7 +192,7 @@ def main():
     strange = [words for told, row in found if (words := invented(told, row))]
     examples = ", ".join(sorted(set(sum(strange, [])))[:3]) or "none"
     for row in whole[:1]:
-        say(output.processes, "", row["profile"], row["personality"], *lines_of(walked(row["rounds"])), "")
+        say(output.processes, "", row["profile"], row["personality"], *walked(row["rounds"]), "")
     say(output.processes, f"{output.summary()}; {len(found)} rounds: in {nothing} nothing was revealed, in "
         f"{len(strange)} the inducer has words that are not in the persona ({examples})")
 

@@ -31,7 +31,7 @@ import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # first: there, too, are a simulate.py and a train.py
 from aloe.simulate import walked  # noqa: E402
-from common import (Rows, amount, assistant_turns, fail, fraction, natural, open_model, read_rows,  # noqa: E402
+from common import (Rows, amount, fail, fraction, last_turn, natural, open_model, read_rows,  # noqa: E402
                     read_settings, run, sample_pairs, save_all, say, seed_for, stage_parser, start_processes)
 from train import collate, sum_loss, train  # noqa: E402
 
@@ -39,8 +39,7 @@ from train import collate, sum_loss, train  # noqa: E402
 def reply_example(tokenizer, history, reply, cut=False):
     """(ids, labels) of a chat that ends with a reply: labels are the ids of the reply with its end-of-turn token, which
     one that was cut does not have, and -100 before it."""
-    ids, ((first, end, close),) = assistant_turns(
-        tokenizer, [*history, {"role": "assistant", "content": reply}], last_only=True)
+    ids, first, end, close = last_turn(tokenizer, [*history, {"role": "assistant", "content": reply}])
     ids = ids[:end if cut else close]
     return ids, [-100] * first + ids[first:]
 
@@ -73,14 +72,20 @@ def pair_loss(model, examples, device, beta):
     return dpo_loss(log_p.view(2, -1), log_p_ref, beta)[0].sum()
 
 
+# On these log p_ref does not depend: a training with another --lr takes those that are there.
+NOT_OF_REFERENCE = ("beta", "lr", "warmup", "epochs", "micro_batch_size", "max_length", "validation", "clip",
+                    "gradient_checkpointing", "rounding")
+
+
 def reference_log_probs(args, pairs):
     """{(persona_id, round, reply): log p_ref(reply | history)}, computed once by --base and saved."""
     processes = start_processes()
     if processes.mixed_precision != "no":
-        fail("--stage dpo: its reference is computed in --dtype. Launch it with mixed_precision 'no' (configs/fsdp.yaml).")
+        fail("--stage dpo: its reference is computed in --dtype. Launch with mixed_precision 'no' (configs/fsdp.yaml).")
     if read_settings(args.base).get("stage") != "sft":
         say(processes, f"warning: --base {args.base} is not made by --stage sft, from which the paper's DPO starts.")
-    rows = Rows(args, f"{args.output}.reference.jsonl", ("persona_id", "round", "reply"), processes)
+    path, key = f"{args.output}.reference.jsonl", ("persona_id", "round", "reply")
+    rows = Rows(args, path, key, processes, NOT_OF_REFERENCE)
     examples = {(*key, i, name): (ids, sum(label != -100 for label in labels)) for key, rounds in pairs.items()
                 for i, pair in rounds for name, (ids, labels) in pair.items()}
     scores = () if all(key in rows for key in examples) else open_model(args.base, args, processes).score(
@@ -118,7 +123,7 @@ def read_examples(args, tokenizer):
 
 
 def parse_args():
-    parser = stage_parser(__doc__, "model folder", "train on the conversations of a seeded sample of N personas")
+    parser = stage_parser(__doc__, "model folder", "train on the conversations of a seeded sample of N personas", None)
     parser.add_argument("--stage", choices=("sft", "dpo"), required=True, help="which loss")
     parser.add_argument("--base", required=True, help="the model to start from; for dpo the one that sft has made")
     parser.add_argument("--conversations", required=True, help="conversations (JSONL)")
@@ -139,7 +144,7 @@ def parse_args():
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="of the weights")
     parser.add_argument("--rounding", choices=("nearest", "stochastic"), default="nearest",
                         help="of bfloat16 weights: docs/precision.md tells what nearest loses")
-    parser.set_defaults(dry_run=False, max_refused=1.0)         # Rows asks; nothing is paid for here
+    parser.set_defaults(max_refused=1.0)                        # Rows asks; nobody refuses here
     args = parser.parse_args()
     if args.stage == "dpo" and args.target != "preferred":
         parser.error("--target belongs to --stage sft: dpo learns from both replies")
@@ -149,8 +154,7 @@ def parse_args():
 
 def main():
     args = parse_args()
-    about = f"`aloe/train.py --stage {args.stage}`: it infers a user's persona while they chat, and answers accordingly"
-    train(args, read_examples, about, "linear", partial(pair_loss, beta=args.beta) if args.stage == "dpo" else None)
+    train(args, read_examples, "linear", partial(pair_loss, beta=args.beta) if args.stage == "dpo" else None)
 
 
 if __name__ == "__main__":

@@ -20,10 +20,10 @@ from pathlib import Path
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the root; first, since PyPI has an "aloe", too
+from aloe.evaluate import mean_sem  # noqa: E402
 from aloe.toy import world  # noqa: E402
 from common import fail, read_rows, read_settings, run  # noqa: E402
-from evaluate import roleplayer_label  # noqa: E402
-from results import mean_sem, write_results  # noqa: E402
+from evaluate import roleplayer_label, write_results  # noqa: E402
 
 
 def measure(persona, rounds):

@@ -23,11 +23,11 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the root; first, since PyPI has an "aloe", too
-import common  # noqa: E402
+from aloe import simulate  # noqa: E402
 from aloe.toy import world  # noqa: E402
 from toy import pretrain  # noqa: E402
 
-HINT = common.read_prompt("aloe_hint")
+HINT = simulate.PROMPTS["aloe_hint"]
 K = 10
 FULL_HINT = 0.1  # share of the hints in all their words; the others are abridged
 REPEAT = "Repeat that."  # tells copying from a chat

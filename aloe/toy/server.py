@@ -23,7 +23,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the root; first, since PyPI has an "aloe", too
 from aloe.toy import world  # noqa: E402
-from common import read_prompt  # noqa: E402
+from common import read_prompts  # noqa: E402
 from toy import server as toy  # noqa: E402
 from toy.server import Refused  # noqa: E402
 
@@ -59,7 +59,7 @@ def judge(profile, personality, message, response, seed, model, **_):
 
 
 def pattern_of(name):
-    return toy.as_pattern(read_prompt(f"aloe_{name}"))
+    return toy.as_pattern(*read_prompts(f"aloe_{name}").values())
 
 
 ROLES = {  # model -> [(pattern of its prompt, who answers)]

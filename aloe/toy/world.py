@@ -145,7 +145,7 @@ def main():
                 pool.append(text)
     for name, texts in pools.items():
         (folder / f"{name}.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
-    print(f"{args.output}: 20 profiles, 20 personalities; the first: {pools['profiles'][0]} {pools['personalities'][0]}")
+    print(f"{args.output}: 20 profiles, 20 personalities, as {pools['profiles'][0]} {pools['personalities'][0]}")
 
 
 if __name__ == "__main__":
