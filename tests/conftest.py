@@ -1,43 +1,48 @@
-"""What the tests share: tiny random models with real chat templates, a stub server, and a way to run a stage.
-
-Everything is made here, on a CPU, offline. `select.py` is loaded as `select_stage`: its own name is the standard library's.
-"""
+"""What the tests share: tiny random models with real chat templates, a stub server, and a way to run a stage."""
 import gc
+import importlib.util
 import json
 import subprocess
 import sys
 import threading
+from functools import lru_cache
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
 import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
-from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM, PreTrainedTokenizerFast
+from transformers import MistralConfig, MistralForCausalLM, PreTrainedTokenizerFast
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 import common  # noqa: E402
-from plan import load_stage  # noqa: E402
 
 torch.set_num_threads(1)
+
+
+@lru_cache
+def load_stage(name):
+    """A stage as a module. (`import select` would be the standard library's.)"""
+    if name != "select":
+        return importlib.import_module(name)
+    spec = importlib.util.spec_from_file_location("select_stage", ROOT / "select.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def pytest_configure(config):
     config.addinivalue_line("markers", "slow: many repetitions; run by `python -m pytest -m slow`")
     config.addinivalue_line("markers", "browser: needs Chromium; run by `python -m pytest -m browser`")
+    config.option.markexpr = config.option.markexpr or "not slow and not browser"
 
 
-def pytest_collection_modifyitems(config, items):
-    for mark in ("slow", "browser"):
-        if mark not in config.option.markexpr:
-            marked = [item for item in items if item.get_closest_marker(mark)]
-            config.hook.pytest_deselected(items=marked)
-            items[:] = [item for item in items if item not in marked]
-    items.sort(key=lambda item: item.path.stem not in ("test_smoke", "test_serve"))      # the longest first, side by side
+def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: item.path.stem not in ("test_smoke", "test_serve"))  # the longest first, side by side
 
 
-# The turn marks of four families of models, written from their published formats: (template, special tokens, bos, eos).
+# The turn marks of three families of models, written from their published formats: (template, marks, bos, eos).
 TEMPLATES = {
     "mistral": (
         "{{ bos_token }}{% for m in messages %}{% if (m['role'] == 'user') != (loop.index0 % 2 == 0) %}"
@@ -48,71 +53,43 @@ TEMPLATES = {
         "{{ m['content'] | trim }}<|eot_id|>{% endfor %}{% if add_generation_prompt %}<|start_header_id|>assistant"
         "<|end_header_id|>\n\n{% endif %}",
         ["<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"], "<|begin_of_text|>", "<|end_of_text|>"),
-    "gemma": (
-        "{{ bos_token }}{% for m in messages %}{% if m['role'] == 'system' %}{{ raise_exception('no system role') }}"
-        "{% endif %}<start_of_turn>{{ 'model' if m['role'] == 'assistant' else m['role'] }}\n{{ m['content'] | trim }}"
-        "<end_of_turn>\n{% endfor %}{% if add_generation_prompt %}<start_of_turn>model\n{% endif %}",
-        ["<start_of_turn>", "<end_of_turn>"], "<bos>", "<eos>"),
     "qwen": (
         "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
         "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}", ["<|im_start|>", "<|im_end|>"],
         None, "<|im_end|>"),
 }
-END_OF_TURN = {"mistral": "</s>", "llama3": "<|eot_id|>", "gemma": "<end_of_turn>", "qwen": "<|im_end|>"}
+END_OF_TURN = {"mistral": "</s>", "llama3": "<|eot_id|>", "qwen": "<|im_end|>"}
 
 
 def make_tokenizer(family):
-    """A tokenizer with the template and the marks of a family."""
-    return build_tokenizer(*TEMPLATES[family])
-
-
-def build_tokenizer(template, marks, bos, eos):
-    """A byte-level tokenizer: one token a byte, and the special tokens; no pad token."""
+    """A byte-level tokenizer: one token a byte, and the special tokens; no pad token. family: a name, or its parts."""
+    template, marks, bos, eos = TEMPLATES[family] if isinstance(family, str) else family
     vocabulary = {letter: i for i, letter in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     specials = list(dict.fromkeys(filter(None, [bos, eos, *marks])))
     tokenizer.add_special_tokens([AddedToken(mark, special=True, normalized=False) for mark in specials])
-    if bos:                                                      # as real ones do, and so that BOS can stand twice
+    if bos:                                                      # as real ones do: BOS could stand twice
         tokenizer.post_processor = processors.TemplateProcessing(
             single=f"{bos} $A", special_tokens=[(bos, tokenizer.token_to_id(bos))])
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token=bos, eos_token=eos,
-                                   additional_special_tokens=[m for m in marks if m != eos])
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token=bos, eos_token=eos)
     fast.chat_template = template
     return fast
 
 
-def make_model(vocabulary, seed=0, family="mistral", room=4096):
-    """A random transformer of some 20,000 parameters."""
+def make_model(vocabulary, seed=0, room=4096):
+    """A random Mistral of some 20,000 parameters."""
     torch.manual_seed(seed)
-    kind, config = {"mistral": (MistralForCausalLM, MistralConfig), "llama3": (LlamaForCausalLM, LlamaConfig)}[family]
-    more = {"sliding_window": None} if family == "mistral" else {}
-    return kind(config(vocab_size=vocabulary, hidden_size=32, num_hidden_layers=2, num_attention_heads=4,
-                       num_key_value_heads=2, intermediate_size=48, max_position_embeddings=room, initializer_range=0.3,
-                       tie_word_embeddings=False, **more)).eval()
+    return MistralForCausalLM(MistralConfig(
+        vocab_size=vocabulary, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+        intermediate_size=48, max_position_embeddings=room, initializer_range=0.3, tie_word_embeddings=False,
+        sliding_window=None)).eval()
 
 
-def save_bigram_model(folder, tokenizer, table):
-    """A Mistral whose layer does nothing and whose embeddings are unit vectors is a bigram model: its logits after
-    token i are column i of `table` (V, V)."""
-    V = len(table)
-    model = MistralForCausalLM(MistralConfig(
-        vocab_size=V, hidden_size=V, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1,
-        intermediate_size=2, sliding_window=None, tie_word_embeddings=False, rms_norm_eps=0.0))
-    with torch.no_grad():
-        model.model.embed_tokens.weight.copy_(torch.eye(V))
-        model.model.layers[0].self_attn.o_proj.weight.zero_()
-        model.model.layers[0].mlp.down_proj.weight.zero_()
-        model.lm_head.weight.copy_(torch.as_tensor(table) / V ** 0.5)       # RMSNorm scales a unit vector by sqrt(V)
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return str(folder)
-
-
-def save_model(folder, family="mistral", seed=0, **more):
-    tokenizer = make_tokenizer(family)
-    model = make_model(len(tokenizer), seed, **more)
+def save_model(folder, **more):
+    tokenizer = make_tokenizer("mistral")
+    model = make_model(len(tokenizer), **more)
     model.generation_config.eos_token_id = tokenizer.eos_token_id
     model.generation_config.top_k, model.generation_config.do_sample = 1, True     # these must not decide anything
     model.generation_config.repetition_penalty = 5.0
@@ -143,7 +120,8 @@ def read_lines(path):
 
 def run_stage(script, *args, status=0, **more):
     """Runs a stage as a user does, and returns (stdout, stderr)."""
-    done = subprocess.run([sys.executable, ROOT / script, *map(str, args)], capture_output=True, text=True, cwd=ROOT, **more)
+    command = [sys.executable, ROOT / script, *map(str, args)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, **more)
     assert done.returncode == status, f"{script} ended with {done.returncode}:\n{done.stdout}\n{done.stderr}"
     return done.stdout, done.stderr
 
@@ -170,32 +148,32 @@ def run(monkeypatch, capfd):
 @pytest.fixture
 def short(monkeypatch):
     """An elicitation prompt of a few tokens."""
-    monkeypatch.setattr("simulate.ELICITATION_PROMPT", "Ask {name} about: {task}")
+    monkeypatch.setattr("simulate.read_prompts", lambda *names, **more: {
+        **common.read_prompts(*names, **more), "elicitation": "Ask {name} about: {task}"})
+
+
+def completion(content, reason="stop", usage=None, **message):
+    return {"id": "x", "object": "chat.completion", "created": 0, "model": "m", "usage": usage, "choices": [
+        {"index": 0, "finish_reason": reason, "message": {"role": "assistant", "content": content, **message}}]}
 
 
 @pytest.fixture
 def server():
-    """An OpenAI-compatible server that keeps every request, and the key; `server.reply(request) -> (status, answer or text)`."""
+    """An OpenAI-compatible server that keeps requests and keys; `server.reply(request) -> (status, answer or text)`."""
     class Handler(BaseHTTPRequestHandler):
-        protocol_version = "HTTP/1.1"
+        protocol_version, log_message = "HTTP/1.1", lambda *_: None
 
         def do_POST(self):
             request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
             http.requests.append(request)
             http.keys.add(self.headers["Authorization"].removeprefix("Bearer "))
             status, answer = http.reply(request)
-            if isinstance(answer, str):
-                answer = {"id": "x", "object": "chat.completion", "created": 0, "model": request["model"], "choices": [
-                    {"index": 0, "finish_reason": "stop", "message": {"role": "assistant", "content": answer}}]}
-            body = json.dumps(answer).encode()
+            body = json.dumps(completion(answer) if isinstance(answer, str) else answer).encode()
             self.send_response(status)
             self.send_header("Content-Type", "application/json")
             self.send_header("Content-Length", str(len(body)))
             self.end_headers()
             self.wfile.write(body)
-
-        def log_message(self, *args):
-            pass
 
     http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     http.daemon_threads, http.handle_error = True, lambda *_: None      # a client that hangs up is no news
@@ -228,23 +206,22 @@ class World:
                                                for row in self.conversations("A", n=1)])
 
     def command(self, stage, model, url=None, output=None):
-        """The flags of a stage that reads this data; a model folder is asked, and a server at url. (The evaluation is
-        that of Q_BASE.)"""
+        """The flags of a stage that reads this data, and asks a model folder, and a server at url."""
         files, served, local = self.flags("tasks", "personas"), f"openai:m@{url}", ["--dtype", "float32"]
-        both = ["--base", model, "--questioner", model, *local, *files, *self.flags("gold"), "--max-tokens", 4]
+        both = ["--base", model, "--questioner", model, *local, *files, "--max-tokens", 4]
         return [*{
             "generate_personas": ["--model", served, "--splits", "A=2,test=2"],
             "gold": ["--oracle", served, *files, "--split", "A"],
-            "simulate": ["--questioner", model, "--roleplayer", served, *files, *local, "--samples", 2, "--max-tokens", 4],
-            "select": [*both, "--conversations", self.path("talks.jsonl")],
+            "simulate": [*both[2:], "--roleplayer", served, "--samples", 2],
+            "select": [*both, *self.flags("gold"), "--conversations", self.path("talks.jsonl")],
             "train": ["--base", model, *local, *files, "--selected", self.path("chosen.jsonl"), "--batch-size", 4],
-            "evaluate": [*both, "--conversations", self.path("test.jsonl"), "--iteration", 0, "--roleplayer", "stub",
-                         "--results", self.path("results.jsonl")],
+            "evaluate": [*both, *self.flags("gold"), "--conversations", self.path("test.jsonl"), "--iteration", 0,
+                         "--roleplayer", "stub", "--results", self.path("results.jsonl")],
         }[stage], "--output", self.path(output or ("out" if stage in ("train", "evaluate") else "out.jsonl"))]
 
-    def judged(self, model, url, output="e1", conversations="test.jsonl", baseline="e0"):
-        """The flags of an evaluation of Q_1, against the Q_BASE of an evaluation before."""
-        return [*self.command("evaluate", model, output=output), "--iteration", 1, "--baseline", self.path(baseline),
+    def judged(self, model, url, output="e1", conversations="test.jsonl"):
+        """The flags of an evaluation of Q_1, against that of Q_BASE in e0, which `command` is."""
+        return [*self.command("evaluate", model, output=output), "--iteration", 1, "--baseline", self.path("e0"),
                 "--conversations", self.path(conversations), "--judge", f"openai:j@{url}"]
 
     def path(self, name):
@@ -256,13 +233,11 @@ class World:
 
     def conversations(self, split, n=2, word="red"):
         """Rows of conversations with 1, 2 or 3 questions, by pair."""
-        def talk(length, sample, persona_id):
-            return [turn for k in range(length) for turn in (
-                {"role": "assistant", "content": f"What about {word} {k}?"},
-                {"role": "user", "content": f"Number {sample} of {persona_id}."})]
         pairs = [(g["task_id"], g["persona_id"]) for g in self.gold if g["split"] == split]
-        return [{"task_id": task_id, "persona_id": persona_id, "sample": sample, "split": split,
-                 "conversation": talk(1 + i % 3, sample, persona_id)}
+        return [{"task_id": task_id, "persona_id": persona_id, "sample": sample, "split": split, "conversation": [
+            turn for k in range(1 + i % 3) for turn in (
+                {"role": "assistant", "content": f"What about {word} {k}?"},
+                {"role": "user", "content": f"Number {sample} of {persona_id}."})]}
                 for i, (task_id, persona_id) in enumerate(pairs) for sample in range(n)]
 
 

@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import common
 import train
-from conftest import build_tokenizer, make_model, save_model
+from conftest import make_model, make_tokenizer, save_model
 from test_models import local, scores
 
 TRL_TEMPLATES = Path(find_spec("trl").origin).parent / "chat_templates"     # of the real models, word for word
@@ -39,8 +39,8 @@ def harness(tmp_path_factory):
     """(our model, lm-evaluation-harness around the same weights)"""
     from lm_eval.models.huggingface import HFLM
     path = save_model(tmp_path_factory.mktemp("models") / "tiny")
-    return local(path, batch_size=4), HFLM(pretrained=AutoModelForCausalLM.from_pretrained(path), add_bos_token=False, device="cpu",
-                      tokenizer=AutoTokenizer.from_pretrained(path), batch_size=1, max_length=4096)
+    return local(path, batch_size=4), HFLM(pretrained=AutoModelForCausalLM.from_pretrained(path), add_bos_token=False,
+                                           device="cpu", tokenizer=AutoTokenizer.from_pretrained(path), max_length=4096)
 
 
 def test_log_probabilities_are_those_of_lm_evaluation_harness_on_the_same_ids(harness):
@@ -57,7 +57,7 @@ def test_log_probabilities_are_those_of_lm_evaluation_harness_on_the_same_texts(
     from lm_eval.api.instance import Instance
     ours, theirs = harness
     chats = list(conversations(12, seed=1))
-    texts = [(ours.tokenizer.apply_chat_template(chat[:-1], tokenize=False), " " + chat[-1]["content"]) for chat in chats]
+    texts = [(ours.tokenizer.apply_chat_template(c[:-1], tokenize=False), " " + c[-1]["content"]) for c in chats]
     expected = theirs.loglikelihood([Instance("loglikelihood", {}, pair, i) for i, pair in enumerate(texts)],
                                     disable_tqdm=True)
     assert scores(ours, [common.scored_ids(ours.tokenizer, chat) for chat in chats]) == pytest.approx(
@@ -68,11 +68,11 @@ def test_log_probabilities_are_those_of_lm_evaluation_harness_on_the_same_texts(
 def test_the_loss_and_its_mask_are_those_of_trl(template, tmp_path):
     from datasets import Dataset
     from trl import SFTConfig, SFTTrainer
-    tokenizer = build_tokenizer((TRL_TEMPLATES / f"{template}.jinja").read_text(), *MARKS[template])
+    tokenizer = make_tokenizer(((TRL_TEMPLATES / f"{template}.jinja").read_text(), *MARKS[template]))
     tokenizer.pad_token = tokenizer.convert_ids_to_tokens(0)     # train.py's padding
     model, chats = make_model(len(tokenizer)), list(conversations(6, seed=2))
-    examples = [example for chat in chats for example in common.training_examples(tokenizer, chat)]
-    config = SFTConfig(output_dir=str(tmp_path), assistant_only_loss=True, per_device_train_batch_size=6, max_length=None,
+    examples = [example for chat in chats for example in train.training_examples(tokenizer, chat)]
+    config = SFTConfig(str(tmp_path), assistant_only_loss=True, per_device_train_batch_size=6, max_length=None,
                        report_to=[], use_cpu=True, bf16=False, gradient_checkpointing=False, shuffle_dataset=False)
     trainer = SFTTrainer(model, config, processing_class=tokenizer,
                          train_dataset=Dataset.from_list([{"messages": chat} for chat in chats]))

@@ -41,12 +41,12 @@ def test_smoke_run(tmp_path):
     time.sleep(0.5)
     assert not is_up(tmp_path), "Ctrl-C takes the server down"
     log = tmp_path / "log"
-    calls = log.read_text().count(" calls, about ")
+    before = len(log.read_text())
     process = start(tmp_path)
     process.wait(timeout=600)
     output = log.read_text()
-    assert process.returncode == 0 and "Traceback" not in output, output[-3000:]
-    assert output.count(" calls, about ") == calls + 2, "conversations and verdicts: what was done was kept"
+    assert process.returncode == 0 and "Traceback" not in output and "arning" not in output, output[-3000:]
+    assert "personas, attempt" in output[:before] and "personas, attempt" not in output[before:], "what is done is kept"
     assert not is_up(tmp_path), "the server must be down again"
     for name in ("base/conversations.jsonl", "main/1/model/model.safetensors", "main/1/test/verdicts.jsonl",
                  "main/1/test/log_probs.jsonl"):
@@ -59,8 +59,8 @@ def test_smoke_run(tmp_path):
     positive, negative = (results["main", 0, "gold_log_prob", f"{c}_control"]["mean"] for c in ("positive", "negative"))
     assert positive > negative, "the base should make use of a persona that it is told"
     assert "Does it hold in" in output
-    golds = read_lines(tmp_path / "gold.jsonl") + read_lines(tmp_path / "gold-test.jsonl")
-    assert len(golds) == 2 * 8 * 28 + 64 and all(row["gold"] and "refused" not in row for row in golds)
+    golds = read_lines(tmp_path / "gold-A.jsonl") + read_lines(tmp_path / "gold-test.jsonl")
+    assert len(golds) == 8 * 28 + 64 and all(row["gold"] and "refused" not in row for row in golds)
     # Every kept conversation is the best of its pair.
     scores = {}
     for row in read_lines(tmp_path / "base/selected.scores.jsonl"):
@@ -73,7 +73,7 @@ def test_smoke_run(tmp_path):
 
 def test_the_server_ends_when_run_sh_is_killed(tmp_path):
     process = start(tmp_path)
-    while not (tmp_path / "run.stage").exists() or not (tmp_path / "run.stage").read_text() or not is_up(tmp_path):
+    while not (tmp_path / "personas.jsonl.settings.json").exists() or not is_up(tmp_path):
         assert process.poll() is None, (tmp_path / "log").read_text()
         time.sleep(0.05)
     process.kill()
@@ -81,4 +81,4 @@ def test_the_server_ends_when_run_sh_is_killed(tmp_path):
     while is_up(tmp_path):
         assert time.time() - begin < 10, "the server outlived run.sh"
         time.sleep(0.1)
-    os.killpg(int((tmp_path / "run.stage").read_text().split()[0]), signal.SIGKILL)        # the stage that was running
+    os.killpg(process.pid, signal.SIGKILL)                        # the stage that was running

@@ -1,15 +1,10 @@
 """Each stage by its own command-line entry, on tiny data: what it writes, what it leaves out, and that it goes on."""
-import json
-import runpy
 import math
+import os
 import random
 import re
-import shutil
-import subprocess
-import sys
-from collections import Counter
+from collections import Counter, defaultdict
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -19,10 +14,9 @@ import common
 import evaluate
 import generate_personas
 import gold
-import results
 import simulate
 import train
-from conftest import ROOT, load_stage, read_lines, save_model, write_rows
+from conftest import ROOT, read_lines, save_model, write_rows
 
 
 def rows_of(world, name="out.jsonl"):
@@ -55,29 +49,11 @@ def test_personas_are_named_distinct_and_dealt_to_splits(run, server, world):
 
 
 @pytest.mark.parametrize("text, name", [
-    ("I'm JUNE. I am ...", "June"), ("Meet Zara. An ...", "Zara"), ("I’m Reece, a ...", "Reece"), ("Meet Dr. Okafor.", "Okafor"),
-    ("My name is Anne-Marie and", "Anne-Marie"), ("\"I'm Örjan.", "Örjan"), ("I'm McKenna.", "McKenna"),
-    ("I'm a baker.", None), ("Meet the baker.", None), ("June is a baker.", None), ("I'm 34 years old.", None), ("", None)])
+    ("I'm JUNE. I am ...", "June"), ("Meet Dr. Okafor.", "Okafor"), ("I’m Anne-Marie and", "Anne-Marie"),
+    ("\"I'm Örjan.", "Örjan"), ("I'm McKenna.", "McKenna"), ("I'm a baker.", None), ("June is a baker.", None),
+    ("I'm 34 years old.", None), ("", None)])
 def test_names_in_personas(text, name):
     assert generate_personas.name_in(text) == name
-
-
-def test_prodigys_characters_as_examples(run, world, server):
-    server.reply = lambda request: (200, "no name")
-    prodigy = runpy.run_path(str(ROOT / "data/prodigy.py"))
-    characters = {i: {"character_name": f"N{i}", "biography": [f"I am {i}.", "I talk."]} for i in (*prodigy["IDS"], "u1")}
-    path = Path(world.path("characters.json"))
-    path.write_text(json.dumps(characters))
-    done = subprocess.run([sys.executable, ROOT / "data/prodigy.py", path], capture_output=True, text=True, check=True)
-    Path(world.path("examples.jsonl")).write_text(done.stdout)
-    run(generate_personas, *world.command("generate_personas", None, server.url), "--examples", world.path("examples.jsonl"),
-        status=1)
-    shown = {text for request in server.requests for text in request["messages"][1]["content"].split("\n\n")[1:]}
-    assert len(done.stdout.splitlines()) == 21 and len(shown) > 5
-    assert shown <= {f"I'm N{i}. I am {i}. I talk." for i in prodigy["IDS"]}
-    path.write_text('{"u0": {}}')
-    bad = subprocess.run([sys.executable, ROOT / "data/prodigy.py", path], capture_output=True, text=True)
-    assert bad.returncode == 2 and f"{path}: not PRODIGy's" in bad.stderr and len(bad.stderr.splitlines()) == 1
 
 
 def test_the_projects_own_data():
@@ -101,21 +77,16 @@ def test_gold_covers_all_pairs_and_records_refusals(run, server, world):
     assert golds["A2", "Ap0"] is None and golds["A1", "Ap0"] == "Gold."
 
 
-def test_an_empty_gold_of_a_local_model_is_a_refusal_too(run, world, tiny, monkeypatch):
-    monkeypatch.setattr(common.LocalModel, "generate", lambda self, requests, *_: (
-        (key, common.Reply("Gold." if i % 2 else "")) for i, key in enumerate(requests)))
-    run(gold, *world.command("gold", None), "--oracle", tiny, "--dtype", "float32", "--max-refused", 0.5)
-    assert [row.get("refused") for row in rows_of(world)].count("empty") == 6
-    assert list(common.read_gold(world.path("out.jsonl")).values()).count(None) == 6
-
-
-def test_limit_is_a_seeded_and_nested_sample(world):
-    tasks, personas = common.read_tasks(world.path("tasks.jsonl")), common.read_personas(world.path("personas.jsonl"))
+def test_limit_is_a_seeded_and_nested_sample_and_tasks_may_be_fewer(run, world, server):
+    tasks = common.read_tasks(world.path("tasks.jsonl"))
+    personas = common.read_personas(world.path("personas.jsonl"))
 
     def ids(**more):
         return common.all_pairs(tasks, personas, "A", **more)
     assert len(ids()) == 12 and set(ids(limit=4, seed=1)) < set(ids(limit=8, seed=1)) < set(ids())
     assert ids(limit=4, seed=1) != ids(limit=4, seed=2)
+    run(gold, *world.command("gold", None, server.url), "--split", "A", "test", "--tasks-per-split", 3)
+    assert {row["task_id"] for row in rows_of(world)} == {"A0", "A1", "A2", "test0", "test1", "test2"}
 
 
 # ------------------------------------------------------------ what an output was made with
@@ -140,7 +111,7 @@ def test_changed_settings_are_refused_by_name_and_the_output_stays(run, server, 
         _, err = run(gold, *flags, flag, value, status=2)
         assert f"out.jsonl: made with other settings: {flag.strip('-')}: " in err and "Give another --output" in err
     elsewhere = f"openai:m@{server.url.replace('127.0.0.1', 'localhost')}"
-    run(gold, *flags, "--concurrency", 2, "--timeout", 9, "--max-refused", 1, "--prices", 1, 1, "--oracle", elsewhere)
+    run(gold, *flags, "--concurrency", 2, "--timeout", 9, "--max-refused", 1, "--oracle", elsewhere)
     assert rows_of(world) == before and len(server.requests) == 3
 
 
@@ -161,85 +132,80 @@ def test_a_forks_new_flag_is_a_setting_without_a_further_line(run, server, world
     assert "settings: style: 'style.txt (" in run(gold, *flags, status=2)[1] and len(server.requests) == 12
 
 
-def test_another_version_of_the_stage_is_a_warning(run, server, world):
-    flags, other = world.command("gold", None, server.url), world.folder / "gold.py"
-    assert run(gold, *flags, "--limit", 5)[1].count("warning") == 0
-    other.write_text(Path(gold.__file__).read_text() + "# another version\n")
-    _, err = run(SimpleNamespace(main=gold.main, __file__=other), *flags)
-    assert err.count("warning: ") == 1 and f"{world.path('out.jsonl')} was made by another version of gold.py or common.py" in err
-    assert len(rows_of(world)) == 12 == len(server.requests)
-
-
 def test_two_runs_on_one_output(run, server, world):
-    lock = common.take_output(world.path("out.jsonl"), {"source": "gold.py"})
+    lock = common.take_output(world.path("out.jsonl"), {"seed": 1})
     _, err = run(gold, *world.command("gold", None, server.url), status=2)
     assert "out.jsonl: another run is writing it" in err and not server.requests and lock
 
 
-def test_four_ways_to_stale_rows(run, server, world, tiny, short):
+def test_ways_to_stale_rows(run, server, world, tiny, select_stage):
     """Each of these once gave rows that belonged to other inputs, without a word."""
-    select, said = load_stage("select"), "made with other settings: {}: "
-    golds, talks = world.command("gold", None, server.url), world.command("simulate", tiny, server.url, "talks.jsonl")
+    said, golds = "made with other settings: {}: ", world.command("gold", None, server.url)
     chosen, e0 = world.command("select", tiny, output="s.jsonl"), world.command("evaluate", tiny, output="e0")
-    gold_trained = [*world.command("train", tiny), *world.flags("gold"), "--target", "gold"]
-    Path(world.path("talks.jsonl")).unlink()
-    for stage, flags in ((gold, golds), (simulate, [*talks, "--limit", 6]), (select, chosen), (evaluate, e0), (train, gold_trained)):
-        run(stage, *flags)
-
-    # 1. Personas that were drawn anew, with the same settings, have the same ids.
-    before = Path(world.path("personas.jsonl")).read_text()
-    Path(world.path("personas.jsonl")).write_text(before.replace("tea", "gin"))
-    for stage, flags in ((gold, golds), (simulate, talks), (select, chosen), (evaluate, e0), (train, gold_trained)):
-        assert said.format("personas") in run(stage, *flags, status=2)[1]
-    Path(world.path("personas.jsonl")).write_text(before)
-
-    # 2. Golds were edited.
-    write_rows(world.path("gold.jsonl"), [*world.gold[:-1], {**world.gold[-1], "gold": "Another."}])
-    for stage, flags in ((select, chosen), (evaluate, e0), (train, gold_trained)):
-        assert said.format("gold") in run(stage, *flags, status=2)[1]
-    write_rows(world.path("gold.jsonl"), world.gold)
-
-    # 3. After a larger limit other people have talked: Q-Random's partners, and the rivals of a selected one.
-    write_rows(world.path("test.jsonl"), world.conversations("test", n=3))
-    assert said.format("conversations") in run(evaluate, *e0, status=2)[1]
-    write_rows(world.path("test.jsonl"), world.conversations("test"))
-    run(simulate, *talks, "--limit", 9)
-    assert said.format("conversations") in run(select, *chosen, status=2)[1]
-
-    # 4. Responses were made again: ours, or Q_BASE's.
+    trained = [*world.command("train", tiny), *world.flags("gold"), "--target", "gold"]
     server.reply = lambda request: (200, "Final Response: A")
     judged = world.judged(tiny, server.url)
-    run(evaluate, *judged)
-    for name, setting in (("e1", "responses"), ("e0", "baseline")):
-        path = Path(world.path(f"{name}/responses.jsonl"))
+    all_stages = [(gold, golds), (select_stage, chosen), (evaluate, e0), (train, trained)]
+    os.remove(world.path("gold.jsonl"))
+    run(gold, *golds, "--split", "A", "test", "--output", world.path("gold.jsonl"))
+    for stage, flags in (*all_stages, (evaluate, judged)):
+        run(stage, *flags)
+    # Personas were drawn anew, golds edited; after a larger limit other people have talked; responses were made again.
+    for name, old, new, setting, stages in (
+            ("personas.jsonl", b"tea", b"gin", "personas", all_stages),
+            ("gold.jsonl", b"Final", b"Edited", "gold", all_stages[1:]),
+            ("test.jsonl", b"Number 0", b"Number 7", "conversations", [(evaluate, e0)]),
+            ("talks.jsonl", b"Number 0", b"Number 7", "conversations", [(select_stage, chosen)]),
+            ("e1/responses.jsonl", b'"response": "', b'"response": "Again. ', "responses", [(evaluate, judged)]),
+            ("e0/responses.jsonl", b'"response": "', b'"response": "Again. ', "baseline", [(evaluate, judged)])):
+        path = Path(world.path(name))
         before = path.read_bytes()
-        path.write_bytes(before.replace(b'"response": "', b'"response": "Made again. ', 1))
-        assert said.format(setting) in run(evaluate, *judged, status=2)[1]
+        path.write_bytes(before.replace(old, new, 1))
+        for stage, flags in stages:
+            assert said.format(setting) in run(stage, *flags, status=2)[1], name
         path.write_bytes(before)
     calls = len(server.requests)
     run(evaluate, *judged)
     assert len(server.requests) == calls, "nothing is stale now"
 
 
-def test_a_questioner_may_be_served_and_is_its_folders_content(run, server, world, tiny, short):
-    """Two Q_t of two trainings differ by their model cards; the URL is no setting."""
-    select, folder = load_stage("select"), shutil.copytree(tiny, world.folder / "model")
-    (folder / "log.jsonl").write_text("Trained on these.")
-    served = ["--questioner", f"openai:{folder}@{server.url}"]
-    stages = [(simulate, world.command("simulate", tiny, server.url, "c.jsonl")), (select, world.command("select", tiny)),
-              (evaluate, world.command("evaluate", tiny))]
-    for stage, flags in stages:
-        server.requests.clear()
-        run(stage, *flags, *served)
-        assert {request["model"] for request in server.requests} - {"m"} == {str(folder)}
-        run(stage, *flags, "--questioner", served[1].replace("127.0.0.1", "localhost"))
-    assert {row["response"] for row in rows_of(world)} == {"Yes."}
+def test_a_served_model_is_its_folders_content(tmp_path):
+    """Two Q_t of two trainings differ by their logs. A URL is no setting."""
+    for name, text in (("model.safetensors", "1234"), ("log.jsonl", "{}")):
+        (tmp_path / name).write_text(text)
+    before = common.fingerprint(f"openai:{tmp_path}@http://one/v1")
+    assert common.fingerprint(f"openai:{tmp_path}@http://another/v1") == before
+    assert before == f"openai:{common.fingerprint(str(tmp_path))}" and common.name_of(before) == tmp_path.name
+    (tmp_path / "log.jsonl").write_text("[]")
+    assert common.fingerprint(f"openai:{tmp_path}@http://one/v1") != before
+
+
+def test_what_a_number_does_not_depend_on_is_no_setting_of_it(run, server, world, tiny, select_stage, monkeypatch):
+    """Another --pick, --k or --questioner computes no score anew; another judge keeps log-probabilities, responses."""
+    select, scored = world.command("select", tiny), []
+    score = common.LocalModel.score
+    monkeypatch.setattr(common.LocalModel, "score", lambda *given: scored.append(1) or score(*given))
+    run(select_stage, *select)
+    os.remove(world.path("out.jsonl"))
+    for more in (["--pick", "random"], ["--k", 2, "--no-response"], ["--questioner", f"openai:m@{server.url}"]):
+        os.remove(world.path("out.jsonl.settings.json"))
+        run(select_stage, *select, *more)
+        os.remove(world.path("out.jsonl"))
+    assert len(scored) == 1
+    run(evaluate, *world.command("evaluate", tiny, output="e0"))
+    server.reply = lambda request: (200, "Final Response: A")
+    judged = world.judged(tiny, server.url)
     server.requests.clear()
-    (folder / "log.jsonl").write_text("Trained on those.")
-    for stage, flags in stages:
-        assert "other settings: questioner: 'openai:model (" in run(stage, *flags, *served, status=2)[1]
-    assert "--base openai:m" in run(select, *stages[1][1], "--base", "openai:m", "--output", world.path("t.jsonl"), status=2)[1]
-    assert not server.requests
+    run(evaluate, *judged, "--judge-extra", '{"effort": "low"}')
+    assert {request["effort"] for request in server.requests} == {"low"}, "the judge's alone"
+    before = [Path(world.path(f"e1/{name}.jsonl")).read_bytes() for name in ("log_probs", "responses")]
+    assert " judge: 'openai:j' there" in run(evaluate, *judged, "--judge", f"openai:k@{server.url}", status=2)[1]
+    for path in ("e1/verdicts.jsonl", "e1/verdicts.jsonl.settings.json"):
+        os.remove(world.path(path))
+    monkeypatch.setattr(common, "open_model", lambda spec, *given: common.ServerModel(spec, given[0]))   # no local one
+    run(evaluate, *judged, "--judge", f"openai:k@{server.url}")
+    assert before == [Path(world.path(f"e1/{name}.jsonl")).read_bytes() for name in ("log_probs", "responses")]
+    assert [request["model"] for request in server.requests[-12:]] == ["k"] * 12
 
 
 # ------------------------------------------------------------ simulate
@@ -266,11 +232,7 @@ def test_conversations(run, world, tiny, server, tmp_path_factory, short):
     assert all(len(of_pair) == 1 for of_pair in lengths.values())
     assert {length for of_pair in lengths.values() for length in of_pair} == {1, 2, 3}
     assert any(len({row["conversation"][0]["content"] for row in rows[i:i + 3]}) > 1 for i in range(0, 36, 3))
-    # The Roleplayer gets the whole history, and the persona; another model meets the same lengths.
-    longest = max(server.requests, key=lambda request: request["messages"][1]["content"].count("AI Assistant:"))
-    history = longest["messages"][1]["content"].split("with the assistant.\n\n")[1]
-    assert [line.split(":")[0] for line in history.split("\n") if re.match("(AI Assistant|You): ", line)] == [
-        "AI Assistant", "You", "AI Assistant", "You", "AI Assistant", "You"] and history.endswith("\nYou: ")
+    # Another model meets the same lengths.
     other = save_model(tmp_path_factory.mktemp("models") / "other", seed=1)
     run(simulate, *flags, "--questioner", other, "--output", world.path("d.jsonl"))
     assert {common.pair_of(row): {len(row["conversation"]) // 2} for row in rows_of(world, "d.jsonl")} == lengths
@@ -287,6 +249,24 @@ def test_a_refused_answer_ends_the_conversation_and_is_recorded(run, world, tiny
         assert ("refused" in row) == (row["persona_id"] == "Ap0")
         assert row.get("refused", "user, turn 1: content_filter (prompt)") == "user, turn 1: content_filter (prompt)"
     assert "24 rows, 8 refused" in out
+
+
+def test_several_roleplayers_share_the_pairs_and_rows_say_who_answered(run, world, tiny, server, short):
+    server.reply = lambda request: (200, f"I am {request['model']}.")
+    names = [f"openai:{name}@{server.url}" for name in ("m1", "m2")]
+    flags = [*world.command("simulate", tiny), "--roleplayer", *names]
+    run(simulate, *flags)
+    of_pair = defaultdict(set)
+    for row in rows_of(world):
+        assert {turn["content"] for turn in row["conversation"][1::2]} == {f"I am {row['roleplayer']}."}
+        of_pair[common.pair_of(row)].add(row["roleplayer"])
+    assert all(len(names) == 1 for names in of_pair.values()) and set.union(*of_pair.values()) == {"m1", "m2"}
+    assert common.read_settings(world.path("out.jsonl"))["roleplayer"] == ["openai:m1", "openai:m2"]
+    assert evaluate.roleplayer_label(world.path("out.jsonl"), None) == "m1 + m2"
+    twice = [names[0], names[0].replace("127.0.0.1", "localhost")]
+    assert "two have one name" in run(simulate, *flags[:-2], *twice, status=2)[1]
+    users = Counter(simulate.user_of(f"t{i}", f"p{j}", ["a", "b"], 42) for i in range(100) for j in range(40))
+    assert abs(users["a"] - 2000) < 4 * 1000 ** 0.5, "evenly"
 
 
 # ------------------------------------------------------------ select
@@ -324,15 +304,16 @@ def test_select_keeps_the_conversation_with_the_best_gold(run, world, tiny, sele
     model, tokenizer = AutoModelForCausalLM.from_pretrained(tiny), AutoTokenizer.from_pretrained(tiny)
     gold_of = {common.pair_of(g): g["gold"] for g in golds}
 
-    def log_prob(row):                                           # a second path: strings of Mistral's format, full logits
+    def log_prob(row):                                           # a second path: Mistral's format, full logits
         name = {p["persona_id"]: p["name"] for p in world.personas}[row["persona_id"]]
         task = {t["task_id"]: t["task"] for t in world.tasks}[row["task_id"]]
         text = f"<s>[INST] My name is {name}.\n\n{task} [/INST]"
-        for i in range(0, len(row["conversation"]), 2):
-            last = "\n\n" + task if i + 2 == len(row["conversation"]) else ""
-            text += f" {row['conversation'][i]['content']}</s>[INST] {row['conversation'][i + 1]['content']}{last} [/INST]"
+        for i, turn in enumerate(row["conversation"]):
+            last = "\n\n" + task if i + 1 == len(row["conversation"]) else ""
+            text += f"[INST] {turn['content']}{last} [/INST]" if i % 2 else f" {turn['content']}</s>"
         context = tokenizer(text, add_special_tokens=False)["input_ids"]
-        ids = torch.tensor([context + tokenizer(" " + gold_of[common.pair_of(row)], add_special_tokens=False)["input_ids"]])
+        gold = tokenizer(" " + gold_of[common.pair_of(row)], add_special_tokens=False)["input_ids"]
+        ids = torch.tensor([context + gold])
         with torch.no_grad():
             log_p = model(ids).logits[0].log_softmax(-1)
         return sum(log_p[t - 1, ids[0, t]].item() for t in range(len(context), ids.shape[1]))
@@ -348,9 +329,9 @@ def test_select_keeps_the_conversation_with_the_best_gold(run, world, tiny, sele
     assert all(row["tokens"] == 1 + len(gold_of[common.pair_of(row)].encode()) for row in scores)
 
     run(select_stage, *world.command("select", tiny, output="n.jsonl"), "--no-response", "--k", 2)
-    assert all(row["response"] is None for row in rows_of(world, "n.jsonl")) and len(rows_of(world, "n.jsonl")) == 21
-    run(select_stage, *world.command("select", tiny, output="r.jsonl"), "--response-prompt",
-        ROOT / "prompts/personalisation.txt")
+    assert {row["response"] for row in rows_of(world, "n.jsonl")} == {None} and len(rows_of(world, "n.jsonl")) == 21
+    hint = ["--response-prompt", ROOT / "prompts/personalisation.txt"]
+    run(select_stage, *world.command("select", tiny, output="r.jsonl"), *hint)
     prompted = rows_of(world, "r.jsonl")
     assert [row["sample"] for row in prompted] == [row["sample"] for row in rows]
     assert [row["response"] for row in prompted] != [row["response"] for row in rows]
@@ -360,7 +341,8 @@ def test_an_edited_rule_is_not_mixed_with_old_rows(run, world, tiny, select_stag
     run(select_stage, *world.command("select", tiny))
     before = rows_of(world)
     monkeypatch.setattr(select_stage, "select_best", lambda log_probs, k: sorted(log_probs, key=log_probs.get)[:k])
-    assert "not selected now" in run(select_stage, *world.command("select", tiny), status=2)[1] and rows_of(world) == before
+    assert "not selected now" in run(select_stage, *world.command("select", tiny), status=2)[1]
+    assert rows_of(world) == before
 
 
 # ------------------------------------------------------------ evaluate
@@ -392,15 +374,12 @@ def test_conditions(world):
             assert len(speakers) == 1 and speakers != {persona} and talk[1]["content"].startswith(f"Number {sample}")
     assert Counter(key[3] for key in evaluate.conditions(talks, pairs, 42, controls=False)) == {
         "q_experimental": 23, "q_random": 22}
-    few = set(sorted(pairs)[::3])                                               # a smaller --limit: the same rows, or none
+    few = set(sorted(pairs)[::3])                                # a smaller --limit: the same rows, or none
     assert evaluate.conditions(talks, few, 42, controls=True) == {key: rows[key] for key in rows if key[:2] in few}
-    # Of a simulation of two people a task, everybody meets the other one.
-    two = {key: talk for key, talk in talks.items() if key[1] != "testp2"}
-    assert Counter(key[3] for key in evaluate.conditions(two, pairs, 42, controls=False))["q_random"] >= len(two) - 1
 
 
 def test_win_pairs_are_balanced_and_fixed():
-    turns = {(f"t{i}", f"p{j}"): simulate.number_of_turns(f"t{i}", f"p{j}", 3, 42) for i in range(50) for j in range(10)}
+    turns = {(t, p): simulate.number_of_turns(t, p, 3, 42) for t in map(str, range(50)) for p in "abcdefghij"}
     pairs = evaluate.win_pairs(turns, 300, 3, 42)
     assert Counter((turns[pair], order) for pair, order in pairs.items()) == {
         (length, order): 50 for length in (1, 2, 3) for order in ("ours_first", "base_first")}
@@ -409,69 +388,49 @@ def test_win_pairs_are_balanced_and_fixed():
 
 
 @pytest.mark.parametrize("raw, letter", [
-    ("Comparison: B is vague.\n\nFinal Response: A", "A"), ('...\n"B"\n', "B"), ("A", "A"), ("Comparison: x\n**B**", "B"),
-    ("Final Response: <A>", "A"), ("x\nFinal Response: \"B\".", "B"),
-    ("Final response: A", "A"), ("FINAL RESPONSE: b", "B"), ("Final Answer: **B**", "B"), ("**Final Response:** A", "A"),
-    ("Answer: A.", "A"), ("Assistant Response B", "B"), ("Final Response: Assistant A", "A"), ("Option B", "B"),
-    ("Final answer: $\\boxed{A}$", "A"), ("Winner: A", "A"), ("the", None), ("Final Response", None), ("Final Response: Assistant Response A", "A"), ("__B__", "B"),
-    ("My final answer is **A**", "A"), ("The final answer is B.", "B"),
+    ("Comparison: B is vague.\n\nFinal Response: A", "A"), ('...\n"B"\n', "B"), ("A", "A"), ("x\n**B**", "B"),
+    ("Final Response: <A>", "A"), ("FINAL RESPONSE: b", "B"), ("Final Response: Assistant Response A", "A"),
+    ("Final answer: $\\boxed{A}$", "A"), ("The final answer is B.", "B"), ("the", None), ("Final Response", None),
     ("Final Response: A or B", None), ("A is better than B", None), ("Not A", None), ("Final Response: a tie", None),
-    ("Final Response: A, B", None), ("Both are good.", None), ("", None), ("A\nbecause it is better", None),
-    ("Final Response: C", None), ("I prefer A", None), ("Final Response: Neither", None), ("ABBA", None)])
+    ("", None), ("A\nbecause it is better", None), ("I prefer A", None), ("ABBA", None)])
 def test_verdicts_are_read_and_never_guessed(raw, letter):
     assert evaluate.read_verdict(raw, "ours_first") == {"A": "ours", "B": "base", None: None}[letter]
     assert evaluate.read_verdict(raw, "base_first") == {"A": "base", "B": "ours", None: None}[letter]
 
 
-def test_a_models_card_may_be_edited_and_another_training_is_another_model(tmp_path):
-    for name, text in (("config.json", "{}"), ("model.safetensors", "1234"), ("log.jsonl", "{}"), ("README.md", "A card.")):
-        (tmp_path / name).write_text(text)
-    before = common.fingerprint(str(tmp_path))
-    (tmp_path / "README.md").write_text("A better card.")
-    assert common.fingerprint(str(tmp_path)) == before
-    (tmp_path / "log.jsonl").write_text("[]")
-    assert common.fingerprint(str(tmp_path)) != before
-
-
-def test_two_orders_combine():
-    assert evaluate.combine(["ours"]) == "ours" and evaluate.combine(["ours", "ours"]) == "ours"
-    assert evaluate.combine(["ours", "base"]) == "tie" == evaluate.combine(["base", "ours"])
-    assert evaluate.combine([None, "ours"]) is None and evaluate.combine([None]) is None
-
-
 def test_standard_errors_by_hand():
-    assert results.mean_sem([1.0, 2.0, 6.0]) == {"mean": 3.0, "sem": pytest.approx(math.sqrt(7.0 / 3)), "n": 3}
-    assert results.mean_sem([1.0]) == {"mean": 1.0, "sem": None, "n": 1} and results.mean_sem([])["mean"] is None
-    rows = [{"task_id": "t", "persona_id": p, "x": x} for p, x in (("a", 1.0), ("a", 3.0), ("b", 10.0))]
-    assert results.by_pair(rows, "x") == {("t", "a"): 2.0, ("t", "b"): 10.0}
+    rows = [{"task_id": "t", "persona_id": p, "x": x} for p, x in (("a", 1.0), ("a", 3.0), ("b", 10.0), ("c", None))]
+    assert evaluate.by_pair(rows, "x") == {("t", "a"): 2.0, ("t", "b"): 10.0}
     # x = task effect alone (0, 0, 6, 6): all of the error is between tasks. By task: 2/1 * (6^2 + 6^2) / 16 = 9;
     # by persona: 0; by pair: 4/3 * 4 * 3^2 / 16 = 3; together 6. Pairs alone would say sqrt(3).
     values = {("t0", "a"): 0.0, ("t0", "b"): 0.0, ("t1", "a"): 6.0, ("t1", "b"): 6.0}
-    assert results.sem_two_way(values) == pytest.approx(math.sqrt(6))
     # t.ppf(.975, 1) = 12.706 from any table, with two tasks and two personas
-    assert results.interval_95(values) == pytest.approx([3 - 12.7062 * math.sqrt(6), 3 + 12.7062 * math.sqrt(6)], rel=1e-4)
-    assert results.sem_two_way({("t0", "a"): 1.0, ("t1", "a"): 2.0}) is results.interval_95({}) is None
+    interval = pytest.approx([3 - 12.7062 * math.sqrt(6), 3 + 12.7062 * math.sqrt(6)], rel=1e-4)
+    assert evaluate.summary(values) == {
+        "mean": 3.0, "sem": pytest.approx(math.sqrt(6)), "interval_95": interval, "n": 4}
+    assert evaluate.clustered_sem({("t0", "a"): 1.0, ("t1", "a"): 2.0}) is evaluate.interval_95({}) is None
+    assert evaluate.summary({}) == {"mean": None, "sem": None, "interval_95": None, "n": 0}
 
 
 def test_an_interval_of_a_share_is_wilsons_and_stays_within_0_and_1():
     """Independent pairs, 40 tasks x 40 people: 8 of 40 wins, against scipy's Wilson interval with t for z."""
     values = {(f"t{i}", f"p{i}"): float(i < 8) for i in range(40)}
     q = scipy.stats.t.ppf(0.975, 39)
-    sem = results.sem_two_way(values)
+    sem = evaluate.clustered_sem(values)
     n = 0.16 / sem ** 2                                          # 39: the variance of a sample is divided by n - 1
     roots = np.roots([1 + q * q / n, -(2 * 0.2 + q * q / n), 0.2 ** 2])          # |p - .2| = q sqrt(p (1 - p) / n)
-    assert n == pytest.approx(39) and results.interval_95(values, share=True) == pytest.approx(sorted(roots))
+    assert n == pytest.approx(39) and evaluate.interval_95(values, share=True) == pytest.approx(sorted(roots))
     for won in (0, 1, 39, 40):
-        low, high = results.interval_95({(f"t{i % 5}", f"p{i}"): float(i < won) for i in range(40)}, share=True)
+        low, high = evaluate.interval_95({(f"t{i % 5}", f"p{i}"): float(i < won) for i in range(40)}, share=True)
         assert -1e-9 <= low <= won / 40 <= high <= 1 + 1e-9
 
 
 def test_intervals_cover_where_tasks_and_people_vary():
-    """50 tasks x 10 people, effects of both of sd 1: 95 % of intervals should cover the mean (of the pairs' SEM: 38 %)."""
+    """50 tasks x 10 people, effects of both of sd 1: 95 % of intervals should cover the mean (38 of the pairs')."""
     rng, covered = np.random.default_rng(0), 0
     for _ in range(200):
-        task, person, noise = rng.normal(size=50), rng.normal(size=10), rng.normal(size=(50, 10))
-        low, high = results.interval_95({(i, j): task[i] + person[j] + noise[i, j] for i in range(50) for j in range(10)})
+        values = rng.normal(size=(50, 1)) + rng.normal(size=(1, 10)) + rng.normal(size=(50, 10))
+        low, high = evaluate.interval_95(dict(np.ndenumerate(values)))
         covered += low < 0 < high
     assert 0.9 < covered / 200 <= 1
 
@@ -488,7 +447,7 @@ def test_evaluation_from_end_to_end(run, world, tiny, server):
         "q_experimental": 22, "q_random": 22, "negative_control": 11, "positive_control": 11}
     assert not Path(world.path("e0/verdicts.jsonl")).exists() and len(rows_of(world, "e0/responses.jsonl")) == 12
 
-    def reply(request):                                          # likes whatever stands first; or says neither, or nothing
+    def reply(request):                                          # likes what stands first; or says neither, or nothing
         text = request["messages"][1]["content"]
         return 200, {"3": "Neither.", "2": ""}.get(text.split("thing ")[1][0], "Comparison: ...\nFinal Response: A")
     server.reply = reply
@@ -504,19 +463,22 @@ def test_evaluation_from_end_to_end(run, world, tiny, server):
     ours = sum(row["verdict"] == "ours" for row in verdicts)
     assert (win["n"], win["wins"], win["unreadable"], win["mean"]) == (6, ours, 6, pytest.approx(ours / 6))
     assert "12 answered, 6 without a verdict" in out and win["variant"] == "main" and win["roleplayer"] == "stub"
+    assert win["interval_95"][0] <= win["mean"] <= win["interval_95"][1]
 
     gain = results["gold_log_prob_gain", "q_experimental", 1]    # by numpy, from the rows on disk
     means = []
     for rows in (rows_of(world, "e1/log_probs.jsonl"), base):
-        pairs = {}
+        pairs = defaultdict(list)
         for row in rows:
             if row["condition"] == "q_experimental":
-                pairs.setdefault(common.pair_of(row), []).append(row["log_prob"])
-        means.append(np.array([np.mean(pairs[pair]) for pair in sorted(pairs)]))
-    assert gain["n"] == 11 and gain["mean"] == pytest.approx((means[0] - means[1]).mean())
-    assert gain["sem"] == pytest.approx((means[0] - means[1]).std(ddof=1) / math.sqrt(11))
-    assert results["gold_log_prob", "q_experimental", 1]["mean"] == pytest.approx(means[0].mean())
-    assert ("gold_log_prob", "positive_control", 1) not in results and ("gold_log_prob", "positive_control", 0) in results
+                pairs[common.pair_of(row)].append(row["log_prob"])
+        means.append({pair: np.mean(pairs[pair]) for pair in pairs})
+    difference = {pair: means[0][pair] - means[1][pair] for pair in means[0]}
+    assert gain["n"] == 11 and gain["mean"] == pytest.approx(np.mean(list(difference.values())))
+    assert gain["sem"] == pytest.approx(evaluate.clustered_sem(difference))
+    assert results["gold_log_prob", "q_experimental", 1]["mean"] == pytest.approx(np.mean(list(means[0].values())))
+    assert ("gold_log_prob", "positive_control", 1) not in results
+    assert ("gold_log_prob", "positive_control", 0) in results
 
     calls, lines = len(server.requests), rows_of(world, "results.jsonl")
     run(evaluate, *flags)
@@ -530,6 +492,19 @@ def test_evaluation_from_end_to_end(run, world, tiny, server):
     assert [(r["metric"], r["mean"], r["ties"], r["n"]) for r in row] == [("win_rate", 0.5, 6, 6)]
 
 
+def test_the_longest_conversations_cut_after_k_questions(run, world, tiny):
+    """The scores of --turns k are those of the same conversations, cut by hand; shorter ones are left out."""
+    run(evaluate, *world.command("evaluate", tiny, output="cut"), "--turns", 1, "--metrics", "log_prob")
+    cut = [{**row, "conversation": row["conversation"][:2]} for row in world.conversations("test")
+           if len(row["conversation"]) == 6]
+    write_rows(world.path("test.jsonl"), cut)
+    run(evaluate, *world.command("evaluate", tiny, output="by_hand"), "--metrics", "log_prob")
+    rows, by_hand = rows_of(world, "cut/log_probs.jsonl"), rows_of(world, "by_hand/log_probs.jsonl")
+    assert rows == by_hand and sum(row["condition"] == "q_experimental" for row in rows) == len(cut) == 8
+    _, err = run(evaluate, *world.command("evaluate", tiny, output="none"), "--turns", 1, status=2)
+    assert "no conversation of more than 1 questions" in err
+
+
 def test_like_is_compared_with_like(run, world, tiny, server, short):
     """Q_BASE must have met the same users, who asked as often; who asked is what differs."""
     for name, more in (("base", []), ("same", ["--temperature", "0.9"]), ("K", ["--max-turns", 2])):
@@ -538,30 +513,8 @@ def test_like_is_compared_with_like(run, world, tiny, server, short):
     server.reply = lambda request: (200, "Final Response: A")
     server.requests.clear()
     for more, said in ((["--conversations", world.path("K.jsonl")], "simulate max_turns (3, here 2)"),
-                       (["--roleplayer", "terse"], "roleplayer ('stub', here 'terse')"), (["--max-tokens", 5], "max_tokens (4")):
+                       (["--roleplayer", "terse"], "roleplayer ('stub', here 'terse')")):
         _, err = run(evaluate, *world.judged(tiny, server.url, "no", "same.jsonl"), *more, status=2)
-        assert f"--baseline {world.path('e0')}: Q_BASE was evaluated with another {said}" in err and "Evaluate Q_BASE" in err
+        assert f"--baseline {world.path('e0')}: Q_BASE was evaluated with another {said}" in err
     assert not server.requests and not Path(world.path("no")).exists()
     run(evaluate, *world.judged(tiny, server.url, conversations="same.jsonl"))
-
-
-def test_two_evaluations_may_write_results_side_by_side(tmp_path):
-    code = ("import sys; sys.path.append('.'); import results\nfor t in range(30):\n    results.write_results(sys.argv[1], "
-            "[{'variant': sys.argv[2], 'iteration': t, 'metric': 'm', 'condition': '', 'roleplayer': 'r', 'split': 's', "
-            "'mean': 0.5, 'sem': None, 'n': 1}])")
-    both = [subprocess.Popen([sys.executable, "-c", code, str(tmp_path / "r.jsonl"), name], cwd=ROOT) for name in "ab"]
-    assert [process.wait() for process in both] == [0, 0] and len(read_lines(tmp_path / "r.jsonl")) == 60
-
-
-def test_a_table_in_the_papers_layout():
-    def row(t, condition, mean):
-        return {"variant": "main", "iteration": t, "metric": "gold_log_prob", "condition": condition, "roleplayer": "r",
-                "split": "test", "mean": mean, "sem": 1.2, "n": 500}
-    lines = results.as_text(results.table([
-        row(1, "q_random", -363.47), row(0, "positive_control", -267.47), row(0, "q_experimental", -359.81),
-        row(1, "q_experimental", -350.86), row(0, "q_random", -369.96)], "gold_log_prob", "Title"))
-    assert [line.split() for line in lines[1:]] == [
-        ["Title;", "n", "=", "500"], ["Q_BASE", "t=1"],
-        ["Q-Experimental"], "main -359.81 ± 1.20 -350.86 ± 1.20".split(),
-        ["Q-Random"], "main -369.96 ± 1.20 -363.47 ± 1.20".split(),
-        "positive control -267.47 ± 1.20".split()]

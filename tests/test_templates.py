@@ -1,7 +1,7 @@
-"""Chat templates of real models: every chat that the pipeline builds renders, spans are exact, hostile texts stay text.
+"""Chat templates of real models: every chat of the pipeline renders, spans are exact, hostile texts stay text.
 
-The tokenizers are trained here on a few sentences, so that they merge letters, and across the borders of turns. As those
-of Gemma, Phi and Llama-3 they do not *name* their marks: only the file says that these are special.
+The tokenizers are trained here on a few sentences, so that they merge letters, and across the borders of turns. They do
+not *name* their marks, as those of Gemma, Phi and Llama-3 do not: only the file says that these are special.
 """
 import json
 import random
@@ -22,19 +22,22 @@ import train
 from conftest import make_model
 from test_models import local
 
-SENTENCES = ["Which tea do you like, green or black?", "I would like a green one. I drink it in the morning.", "Yes.", "Hot?",
-             "Try sencha, Ann: it is green, and you like it.\n\nOr try another one.", "user\n", "model\n", "assistant\n\n",
-             "Hot?###", "### Response:\nYes. ", "### Instruction:\nI am Ann.\n\n", "[INST] What [/INST] Yes.",
-             "User: What?\n\nFalcon: Yes."]
+SENTENCES = [
+    "Which tea do you like, green or black?", "I would like a green one. I drink it in the morning.", "Yes.", "Hot?###",
+    "Try sencha, Ann: it is green, and you like it.\n\nOr try another one.", "user\n", "model\n", "assistant\n\n",
+    "Hot?", "### Response:\nYes. ", "### Instruction:\nI am Ann.\n\n", "[INST] What [/INST] Yes.",
+    "User: What?\n\nFalcon: Yes."]
 
 
 @lru_cache
 def trained(kind):
-    """A tokenizer's file: of bytes as Llama-3's; of pieces over blanks and lines as Gemma's, or, where each piece between
-    two marks is prefixed with a blank, Mistral's."""
-    tokenizer, trainer = Tokenizer(models.BPE()), trainers.BpeTrainer(vocab_size=400, min_frequency=1, show_progress=False)
+    """A tokenizer's file: of bytes as Llama-3's; of pieces over blanks and lines as Gemma's, or, where each piece
+    between two marks is prefixed with a blank, Mistral's."""
+    tokenizer = Tokenizer(models.BPE())
+    trainer = trainers.BpeTrainer(vocab_size=400, min_frequency=1, show_progress=False)
     if kind == "bytes":
-        tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+        tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        tokenizer.decoder = decoders.ByteLevel()
         trainer.initial_alphabet = pre_tokenizers.ByteLevel.alphabet()
     else:
         prefix = [normalizers.Prepend("▁")] if kind == "prefixed" else []
@@ -78,31 +81,31 @@ class Family(NamedTuple):
 
 HEADER = "<|start_header_id|>{}<|end_header_id|>\n\n"
 FAMILIES = {
-    "gemma": Family("pieces", "<bos>", "<eos>", ["<start_of_turn>", "<end_of_turn>"], "<start_of_turn>user\n{}<end_of_turn>\n",
-                    "<start_of_turn>model\n", "", "<end_of_turn>", "\n"),
-    "llama3": Family("bytes", "<|begin_of_text|>", "<|end_of_text|>", ["<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"],
-                     HEADER.format("user") + "{}<|eot_id|>", HEADER.format("assistant"), "", "<|eot_id|>", ""),
-    "phi3": Family("prefixed", "<s>", "<|endoftext|>", ["<|user|>", "<|assistant|>", "<|end|>"], "<|user|>\n{}<|end|>\n",
-                   "<|assistant|>\n", "", "<|end|>", "\n"),
-    "phi4": Family("bytes", "", "<|endoftext|>", ["<|im_start|>", "<|im_sep|>", "<|im_end|>"],
-                   "<|im_start|>user<|im_sep|>{}<|im_end|>", "<|im_start|>assistant<|im_sep|>", "", "<|im_end|>", ""),
+    "gemma": Family("pieces", "<bos>", "<eos>", ["<start_of_turn>", "<end_of_turn>"],
+                    "<start_of_turn>user\n{}<end_of_turn>\n", "<start_of_turn>model\n", "", "<end_of_turn>", "\n"),
+    "llama3": Family("bytes", "<|begin_of_text|>", "<|end_of_text|>",
+                     ["<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"], HEADER.format("user") + "{}<|eot_id|>",
+                     HEADER.format("assistant"), "", "<|eot_id|>", ""),
+    "phi3": Family("prefixed", "<s>", "<|endoftext|>", ["<|user|>", "<|assistant|>", "<|end|>"],
+                   "<|user|>\n{}<|end|>\n", "<|assistant|>\n", "", "<|end|>", "\n"),
     "qwen": Family("bytes", "", "<|endoftext|>", ["<|im_start|>", "<|im_end|>"], "<|im_start|>user\n{}<|im_end|>\n",
                    "<|im_start|>assistant\n", "", "<|im_end|>", "\n"),
     "mistral_v0.1": Family("prefixed", "<s>", "</s>", [], "[INST] {} [/INST]", "", "", "</s>", " "),
     "mistral_v0.2": Family("prefixed", "<s>", "</s>", [], " [INST] {} [/INST]", "", " ", "</s>", ""),
     "mistral_v0.3": Family("prefixed", "<s>", "</s>", ["[INST]", "[/INST]"], "[INST] {}[/INST]", "", " ", "</s>", ""),
-    "zephyr": Family("prefixed", "", "</s>", [], "<|user|>\n{}</s>\n", "<|assistant|>\n", "", "</s>", "\n"),
-    "chatglm3": Family("pieces", "[gMASK]", "</s>", ["<|user|>", "<|assistant|>"], "<|user|>\n {}", "<|assistant|>", "\n ", "", ""),
+    "chatglm3": Family("pieces", "[gMASK]", "</s>", ["<|user|>", "<|assistant|>"], "<|user|>\n {}", "<|assistant|>",
+                       "\n ", "", ""),
     "alpaca": Family("prefixed", "<s>", "</s>", [], "### Instruction:\n{}\n\n", "### Response:\n", "", "", "\n\n"),
-    "guanaco": Family("pieces", "", "</s>", [], "### Human: {}", "### Assistant:", " ", "", "###"),
     "falcon": Family("bytes", "", "<|endoftext|>", [], "User: {}\n\n", "Falcon:", " ", "", "\n\n"),
 }
 
 
 def tokenizer_of_family(name):
     _, bos, eos, marks, user, ask, blank, end, after = family = FAMILIES[name]
-    template = ("{{ BOS }}{% for m in messages %}{% if m['role'] == 'user' %}{{ USER }}{{ m['content'] }}{{ HEARD }}{% else %}"
-                "{{ ASK }}{{ BLANK }}{{ m['content'] }}{{ END }}{% endif %}{% endfor %}{% if add_generation_prompt %}{{ ASK }}{% endif %}")
+    template = (
+        "{{ BOS }}{% for m in messages %}{% if m['role'] == 'user' %}{{ USER }}{{ m['content'] }}{{ HEARD }}{% else %}"
+        "{{ ASK }}{{ BLANK }}{{ m['content'] }}{{ END }}{% endif %}{% endfor %}{% if add_generation_prompt %}{{ ASK }}"
+        "{% endif %}")
     for word, text in zip("BOS USER HEARD ASK BLANK END".split(), (bos, *user.split("{}"), ask, blank, end + after)):
         template = template.replace(f"{{{{ {word} }}}}", f"{{{{ {text!r} }}}}")
     return build(family.kind, template, marks, bos, eos, rstrip=name.startswith("phi"))
@@ -114,10 +117,10 @@ def hostile_text(rng, marks, most=6):
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_labels_of_marks_without_names_and_of_templates_without_an_end(name, tmp_path):
-    """Against the same texts put together by hand: a token is learned if it has a character of an answer or of its end."""
+    """Against the same texts put together by hand: a token is learned if it has a character of an answer or its end."""
     tokenizer, family, rng, clean = tokenizer_of_family(name), FAMILIES[name], random.Random(name), None
     pieces = [*tokenizer.marks, "[INST]", "</s>", "assistant\n", "\n\n", " ", "{{ 1 }}", "### Response:\n", *SENTENCES]
-    for number in range(80):
+    for number in range(40):
         texts = [["I am Ann.", "", "Green.", " Yes"], ["Tea?", "\n Hot?", "", ""]][number] if number < 2 else [
             hostile_text(rng, pieces) for _ in range(4)]
         chat = [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(texts)]
@@ -132,7 +135,7 @@ def test_labels_of_marks_without_names_and_of_templates_without_an_end(name, tmp
         inside = lambda first, end: [a < end and b > first for a, b in encoded["offset_mapping"]]
         learned = map(any, zip(*(inside(first, end) for first, _, end in turns)))
         expected = [token if inside else -100 for token, inside in zip(encoded["input_ids"], learned)]
-        assert common.training_examples(tokenizer, chat) == [(encoded["input_ids"], expected)], texts
+        assert train.training_examples(tokenizer, chat) == [(encoded["input_ids"], expected)], texts
         ids, n = common.scored_ids(tokenizer, chat)
         answer = inside(*turns[-1][:2]) if texts[3].strip() else []
         assert n == sum(answer) and (not n or ids == encoded["input_ids"][:len(answer) - answer[::-1].index(True)])
@@ -150,9 +153,8 @@ def test_labels_of_marks_without_names_and_of_templates_without_an_end(name, tmp
 # ------------------------------------------------------------ TRL's copies of real models' own templates
 
 TRL = Path(find_spec("trl").origin).parent / "chat_templates"
-NAMES = ["llama3", "llama3_1", "gemma", "gemma3", "qwen2_5", "qwen3", "qwen3_instruct_2507", "qwen3_5_nothink", "phi3",
-         "phi3_5", "gptoss", "glm4moe", "cohere2"]
-ONE_BY_ONE = {"qwen3_5_nothink"}                                  # an empty thought stands before the last answer only
+NAMES = ["llama3", "gemma", "gemma3", "qwen2_5", "qwen3", "qwen3_5_nothink", "phi3", "gptoss", "glm4moe", "cohere2"]
+ONE_BY_ONE = {"qwen3", "qwen3_5_nothink", "gptoss"}               # the last answer has a thought, or an end of its own
 TALK = [{"role": "assistant", "content": "Green or black?"}, {"role": "user", "content": "Green."},
         {"role": "assistant", "content": "Hot?"}, {"role": "user", "content": "Yes."}]
 
@@ -166,51 +168,32 @@ def tokenizer(request):
     return tokenizer
 
 
-def said(tokenizer, labels):
-    return tokenizer.decode([label for label in labels if label != -100])
+def said(tokenizer, examples):
+    return "".join(tokenizer.decode([label for label in labels if label != -100]) for _, labels in examples)
 
 
 def test_every_chat_of_the_pipeline_renders_with_bos_once(tokenizer):
-    chats = [simulate.questioner_chat("Ann", "Tea?", TALK[:length]) for length in (0, 2, 4)]
-    chats += [common.response_form("Ann", "Tea?", TALK[:length]) for length in (0, 2, 4)]
-    chats += [simulate.roleplayer_chat("I'm Ann.", "Tea?", TALK[:1]), common.response_form("Ann", "Tea?", [], "I'm Ann."),
+    chats = [simulate.questioner_chat("Ann", "Tea?", TALK[:length]) for length in (0, 4)]
+    chats += [common.response_form("Ann", "Tea?", TALK[:length]) for length in (0, 4)]
+    chats += [simulate.roleplayer_chat("I'm Ann.", "Tea?", TALK[:1]),
               evaluate.judge_chat("I'm Ann.", "Tea?", "A.", "B.", "ours_first")]
     for chat in chats:
         ids = common.prompt_ids(tokenizer, chat)
-        whole = common.fold_system(chat) if tokenizer.name in ("gemma",) else chat      # Gemma's knows no system role
+        whole = common.fold_system(chat) if tokenizer.name == "gemma" else chat         # Gemma's knows no system role
         assert ids == tokenizer.apply_chat_template(whole, add_generation_prompt=True, return_dict=False)
         assert ids.count(tokenizer.bos_token_id) <= 1 and whole[-1]["content"].strip() in tokenizer.decode(ids)
-        example = common.scored_ids(tokenizer, [*chat, {"role": "assistant", "content": "Sencha, hot."}])
-        assert tokenizer.decode(example[0][-example[1]:]).strip() == "Sencha, hot."
+        scored, n = common.scored_ids(tokenizer, [*chat, {"role": "assistant", "content": "Sencha, hot."}])
+        assert tokenizer.decode(scored[-n:]).strip() == "Sencha, hot."
 
 
 def test_all_that_the_assistant_says_is_supervised_and_nothing_else(tokenizer):
+    """In one example; where a template writes the last turn otherwise, in one for each turn, as it was said."""
     texts = ["Green or black?", "Hot?", "Try sencha."]
-    examples = common.training_examples(tokenizer, train.example_chat("Ann", "Tea?", TALK, texts[-1]))
+    chat = train.example_chat("Ann", "Tea?", TALK, texts[-1])
+    examples = train.training_examples(tokenizer, chat)
     assert len(examples) == (3 if tokenizer.name in ONE_BY_ONE else 1)
-    whole = "".join(said(tokenizer, labels) for _, labels in examples)
-    ends = re.fullmatch(r"\s?" + "(.*)".join(map(re.escape, texts)) + "(.*)", whole, re.DOTALL).groups()
+    for (ids, _), end in zip(examples[::-1], (5, 3, 1)):
+        assert tokenizer.decode(ids).startswith(tokenizer.decode(common.prompt_ids(tokenizer, chat[:end])))
+    ends = re.fullmatch(r"\s?" + "(.*)".join(map(re.escape, texts)) + "(.*)", said(tokenizer, examples), re.S).groups()
     assert all(end.strip() in (*tokenizer.marks, "") for end in ends), ends
-    assert all(end.strip() for end in ends) == (tokenizer.name != "glm4moe"), "ends are learned; GLM's template has none"
-
-
-def test_hostile_texts_stay_text_and_others_get_the_templates_ids(tokenizer):
-    rng = random.Random(tokenizer.name)
-    marks = [*tokenizer.marks, "[INST]", "[/INST]", "<|im_start|>user", "system", "assistant", "\n\n", " ", "{{ 1 }}"]
-    prompt, counts = "My name is Ann.\n\nTea?", None
-    for number in range(100):
-        hostile = [hostile_text(rng, marks).strip() or "x" for _ in range(3)]
-        if tokenizer.name in ("qwen3", "qwen3_5_nothink"):         # these cut a message at a thought's end: that is theirs
-            hostile = [text.replace("think", "thing") for text in hostile]
-        chat = [{"role": "user", "content": prompt + hostile[0]}, {"role": "assistant", "content": hostile[1]},
-                {"role": "user", "content": hostile[2]}, {"role": "assistant", "content": "Try sencha."}]
-        examples = common.training_examples(tokenizer, chat)
-        tokens = [[ids.count(mark) for mark in tokenizer.convert_tokens_to_ids(tokenizer.marks)] for ids, _ in examples]
-        counts = counts or tokens
-        assert tokens == counts, f"a text opened or closed a turn: {hostile}"
-        learned = "".join(said(tokenizer, labels) for _, labels in examples)
-        assert broken(tokenizer, hostile[1]) in learned and "Try sencha." in learned and prompt not in learned
-    plain = [{**message, "content": "".join(rng.choice("abc .,?é\n") for _ in range(30)) + "."} for message in chat]
-    ids, _ = common.training_examples(tokenizer, plain)[-1]
-    assert ids == tokenizer.apply_chat_template([{**m, "content": m["content"].strip()} if m["role"] == "assistant" else m
-                                                 for m in plain], return_dict=False)
+    assert all(end.strip() for end in ends) == (tokenizer.name != "glm4moe"), "ends are learned; GLM's has none"
