@@ -255,6 +255,7 @@ def test_a_signal_ends_the_stage_at_once(name, status, bash, tmp_path):
     while not (tmp_path / "record.hangs").exists() or not (tmp_path / "record.hangs").read_text():
         assert time.time() - begin < 20 and process.poll() is None, process.communicate()
         time.sleep(0.02)
+    time.sleep(0.5)                                                 # bash waits by now: just before, it would hear it late
     begin = time.time()
     process.send_signal(getattr(signal, f"SIG{name}"))
     assert process.wait(timeout=20) == status and time.time() - begin < 5
