@@ -88,8 +88,8 @@ def trained(run, std, seed):
         stage("select.py", "--base", base, "--questioner", base, "--dtype", "float32", *data, "--k", 8,
               "--conversations", f"{run}/base/conversations.jsonl", "--gold", f"{run}/gold-A.jsonl", "--max-tokens", 64,
               "--output", selected)
-        args = SimpleNamespace(selected=selected, tasks=data[1], personas=data[3], limit=None, seed=0,
-                               target="response", split=["A"], max_length=2048)
+        args = SimpleNamespace(selected=selected, tasks=data[1], personas=data[3], tasks_per_split=None, limit=None,
+                               seed=0, target="response", split=["A"], max_length=2048, prompts=common.PROMPTS)
         examples = [example for pair in train.read_examples(args, tokenizer)[0].values() for example in pair]
         before, start = state(base)
         rate = RATE * start.std().item() / std
