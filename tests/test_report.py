@@ -22,8 +22,6 @@ PAIRS = [(t, p) for t in TASKS for p in PEOPLE]
 BASE_NATS = dict(zip(PAIRS, (-10.0, -12.0, -14.0, -11.0, -13.0, -15.0)))
 GAINS = dict(zip(PAIRS, (3.0, 1.0, -2.0, 4.0, 0.0, 2.0)))
 VERDICTS = dict(zip(PAIRS, ("ours", "ours", "base", "ours", None, "base")))
-
-
 near = partial(pytest.approx, abs=0.005)                        # two digits are shown
 
 
@@ -61,9 +59,10 @@ def evaluation(run, where, t, nats=BASE_NATS.get, response=lambda pair: "x", ver
          **({"roleplayer": who(pair)} if who else {})} for pair in PAIRS for sample in (0, 1)])
     settings = {"split": "test", "iteration": t, "variant": "main", "roleplayer": "user", "judge": "openai:judge",
                 "base": "b (0)", "conversations": common.fingerprint(str(run / where / "test.jsonl")), **settings}
-    log_probs = [{**ids(pair), "sample": sample, "condition": condition, "log_prob": nats(pair) + sample - less}
-                 for pair in PAIRS for sample in (0, 1) for condition, less in (("q_experimental", .5), ("q_random", 1.5))]
-    log_probs += [{**ids(pair), "sample": 0, "condition": "negative_control", "log_prob": -20.0} for pair in PAIRS if t == 0]
+    conditions = [("q_experimental", 0, -0.5), ("q_experimental", 1, 0.5), ("q_random", 0, -1.5), ("q_random", 1, -0.5)]
+    log_probs = [{**ids(pair), "sample": sample, "condition": condition, "log_prob": nats(pair) + more}
+                 for pair in PAIRS for condition, sample, more in conditions]
+    log_probs += [{**row, "condition": "negative_control", "log_prob": -20.0} for row in log_probs[::4] if t == 0]
     answered = [{**ids(pair), "turns": len(talks(pair)) // 2} for pair in PAIRS]
     files = {"log_probs": log_probs,
              "responses": [{**row, "sample": 1, "response": response(pair)} for row, pair in zip(answered, PAIRS)],
@@ -100,6 +99,9 @@ def test_each_model_in_one_line(folder):
           ((gains - mean).sum(1), (gains - mean).sum(0), (gains - mean).ravel())]
     half = scipy_stats.t.ppf(0.975, 1) * max(by[0] + by[1] - by[2], by[2]) ** 0.5
     assert main["gain"] == f"{mean:.2f} ({mean - half:.2f} to {mean + half:.2f})"
+    base, main = report.answers(evaluations(folder))
+    assert number(base["words"]) == 3.0 and base["more than Q_BASE"] == "" and main["with a question"][:4] == "0.00"
+    assert (number(main["words"]), number(main["more than Q_BASE"])) == (round((5 * 7 + 3) / 6, 1), round(20 / 6, 1))
     shutil.rmtree(folder / "base")
     assert list(report.summary(evaluations(folder)))[0]["gain"] == "-", "nothing to compare with"
 
@@ -151,13 +153,6 @@ def test_win_rates_by_length_order_and_ties(folder):
     assert PAIRS[0] in [pair for why, pair in report.examples(evaluations(folder)[1]).items() if "contradicts" in why]
 
 
-def test_answers_and_their_length(folder):
-    base, main = report.answers(evaluations(folder))
-    assert number(base["words"]) == 3.0 and base["more than Q_BASE"] == ""
-    assert number(main["words"]) == round((5 * 7 + 3) / 6, 1) and main["with a question"][:4] == "0.00"
-    assert number(main["more than Q_BASE"]) == round(20 / 6, 1)
-
-
 def test_questions_and_simulated_users(folder):
     shutil.rmtree(folder / "main")
     talks = {"p0": talk("Your job?", "I’d recommend that you ask me, no?", "Your job?", "I’d advise my own, no?"),
@@ -183,7 +178,7 @@ def test_gain_a_turn_of_shortened_conversations(folder, run):
     assert [number(row[k]) for k in "012"] == [-20.0, -16.0, near(-12.5 + 8 / 6)]
     assert row["n"] == "6" and row["model"] == "main, t=1"
     run(report, folder)
-    assert "<td>cut" not in (folder / "report/index.html").read_text(), "they have this table"
+    assert not re.search(r"<td>\s*cut", (folder / "report/index.html").read_text()), "they have this table"
 
 
 def test_the_papers_table():
@@ -191,9 +186,10 @@ def test_the_papers_table():
     mine, nats, wins = stats.tables([
         {**key, "variant": "no_reg", "metric": "win_rate", "mean": 0.2, "sem": None, "n": 8},
         {**key, "metric": "win_rate", "interval_95": [0.5, 0.7]}, {**key, "metric": "mine", "mean": None},
-        *({**key, "metric": "gold_log_prob", "condition": name, "mean": -3.0} for name in ("q_random", "q_experimental"))])
+        *({**key, "metric": "gold_log_prob", "condition": name} for name in ("q_random", "q_experimental"))])
     assert stats.as_text(mine) == ["", "mine; n = 9", "                 t=1", "main               -"]
-    assert nats.rows == [["Q-Experimental", ""], ["  main", "-3.00 ± 0.05"], ["Q-Random", ""], ["  main", "-3.00 ± 0.05"]]
+    main = ["  main", "0.60 ± 0.05"]
+    assert nats.rows == [["Q-Experimental", ""], main, ["Q-Random", ""], main]
     assert wins.rows == [["main", "0.600 ± 0.051 (0.50 to 0.70)"], ["no_reg", "0.200"]]
     assert wins.title.endswith("95 % interval); n = 8 to 9")
 
@@ -254,7 +250,8 @@ def test_kappa_against_statsmodels(folder):
 def test_jackknife_of_a_mean_is_the_means_interval():
     values = {(i, j): x for (i, j), x in np.ndenumerate(np.random.default_rng(3).normal(size=(5, 7)))}
     estimate, interval = stats.jackknife(lambda xs: sum(xs) / len(xs), values)
-    assert (estimate, interval) == (pytest.approx(np.mean([*values.values()])), pytest.approx(evaluate.interval_95(values)))
+    assert estimate == pytest.approx(np.mean([*values.values()]))
+    assert interval == pytest.approx(evaluate.interval_95(values))
     assert stats.jackknife(lambda xs: None, values) == (None, None)
 
 
@@ -312,9 +309,6 @@ def test_what_is_drawn_is_what_was_measured(folder):
     assert [tuple(segment[:, 1]) for segment in main[2][0].get_segments()] == [(-14, -11), (-14, -11)]
     assert tuple(no_reg[2][0].get_segments()[1][:, 1]) == (-11.5, -10.5), "without an interval: the standard error"
     pictures.pyplot.close(figure)
-    published = evaluate.read_results(ROOT / "data/published.jsonl")
-    users = pictures.lines_of(published, "users", "mixtral-8x7b")
-    assert [row["mean"] for row in users["gemma-7b"]] == [0.5, 0.628, 0.608, 0.598] and len(users) == 3
 
 
 @pytest.mark.parametrize("spoil, says", [

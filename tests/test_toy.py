@@ -66,12 +66,6 @@ def test_splits_share_no_task_no_object_no_wording():
         assert {world.read_task(task)[1] for task in tasks[:14]} == set(world.TOPICS)
 
 
-def test_tasks_file(tmp_path):
-    run_stage("toy/world.py", "--output", tmp_path / "new/tasks.jsonl", "--tasks-per-split", 20)
-    rows = read_lines(tmp_path / "new/tasks.jsonl")
-    assert rows[25] == {"task_id": "B005", "split": "B", "task": world.make_tasks("B", 6)[5]} and len(rows) == 80
-
-
 def judge_prompt(persona_text, task, a, b):
     return PROMPTS["judge_user"].format(persona=persona_text, task=task, response_a=a, response_b=b)
 
@@ -219,10 +213,11 @@ def test_the_manners_of_the_users():
         assert set(answers(model.removeprefix("roleplayer"), "AI Assistant: Why?", persona, 20)) == {world.UNSURE}
 
 
-def test_measure_by_hand(tmp_path):
-    def turn(slot, answer):
-        return [{"role": "assistant", "content": f"What is your {slot}?"}, {"role": "user", "content": answer}]
+def turn(slot, answer):
+    return [{"role": "assistant", "content": f"What is your {slot}?"}, {"role": "user", "content": answer}]
 
+
+def test_measure_by_hand(tmp_path):
     talk = {("p0", 0): turn("diet", "My diet is vegan.") + turn("pet", "dog.") + turn("diet", "vegan."),
             ("p0", 1): turn("budget", "I would rather not say."), ("p1", 0): turn("city", "My city is Oslo.")}
     # relevant: 1/3 (diet counts once) and 1, so p0 has 2/3, p1 has 0; covered: 1 of 2 and 0 of 1, so p0 has 1/4
@@ -254,14 +249,12 @@ def test_measure_by_hand(tmp_path):
 
 def test_coverage_and_asking_again_by_hand():
     """A wrong fact is none; those that nobody asked for count."""
-    def talk(*texts):
-        return [{"role": ("assistant", "user")[i % 2], "content": text} for i, text in enumerate(texts)]
-
     task, persona = "Help me plan a bold dinner.", "I'm Anna. My diet is vegan. My budget is tiny. My pet is dog."
     for told, share in (("My diet is vegan.", 1), ("My diet is keto.", 0), ("My diet is vegan. My budget is tiny.", 2),
                         ("My pet is dog.", 0)):
-        assert measure.coverage(talk("What is your diet?", told), task, persona) == share
-    assert manners.asks_again(talk("What is your pet?", "No.", "Your pet?", "dog.", "Why?", "dog.")) == 0.5
+        assert measure.coverage(turn("diet", told), task, persona) == share
+    asked = turn("pet", "No.") + turn("pet", "dog.") + turn("job and pet", "dog.")
+    assert manners.asks_again(asked) == 0.5
 
 
 def test_what_remains_of_a_win_by_hand():
@@ -284,9 +277,8 @@ def test_permuted_golds_belong_to_somebody_else(tmp_path):
     golds = {(f"t{t}", f"p{p}"): f"g{t}{p}" for t in range(20) for p in range(4)}
     dealt = permute.permuted(golds, 1)
     assert set(dealt) == set(golds) and sorted(dealt.values()) == sorted(golds.values()), "each gold is dealt once"
-    assert all(gold != golds[pair] and gold[:-1] == golds[pair][:-1] for pair, gold in dealt.items()), "of the same task"
+    assert all(gold != golds[pair] and gold[:-1] == golds[pair][:-1] for pair, gold in dealt.items())
     assert len({tuple(dealt[f"t{t}", f"p{p}"][-1] for p in range(4)) for t in range(20)}) == 3, "by all rotations"
-    assert permute.permuted({("t", "p0"): "g"}, 1) == {("t", "p0"): None}, "nobody else is there"
     refused = permute.permuted({("t", "p0"): "a", ("t", "p1"): None, ("t", "p2"): "c"}, 1)
     assert refused == {("t", "p0"): "c", ("t", "p1"): None, ("t", "p2"): "a"}, "a refused gold is dealt to nobody"
     golds["t99", "p0"] = "Alone, Zoë."
@@ -314,39 +306,42 @@ for control in ("random", "permuted"):
                          "gold_log_prob_gain q_random": 0.5}
 
 
-def results_of(changed=(), half=0.07):
-    """Rows of results.jsonl; changed: {(variant, t, metric): mean}; half: of an interval"""
-    return [{"variant": variant, "iteration": t, "metric": metric.split()[0], "condition": metric[len(metric.split()[0]) + 1:],
-             "split": "test", "roleplayer": "roleplayer", "n": 192, "mean": mean, "sem": 0.1,
-             "interval_95": [mean - half, mean + half]}
-            for (variant, t), metrics in HOLDS.items() for metric, holds in metrics.items()
-            for mean in [dict(changed).get((variant, t, metric), holds)]]
+def results_of(*changed, half=0.07):
+    """Rows of results.jsonl. changed: "VARIANT t METRIC [CONDITION] = MEAN"; half: of a 95 % interval"""
+    means, rows = dict(change.split(" = ") for change in changed), []
+    for (variant, t), metrics in HOLDS.items():
+        for name, mean in metrics.items():
+            mean, (metric, _, condition) = float(means.get(f"{variant} {t} {name}", mean)), name.partition(" ")
+            rows.append({"variant": variant, "iteration": t, "metric": metric, "condition": condition, "split": "test",
+                         "roleplayer": "roleplayer", "n": 192, "mean": mean, "sem": 0.1,
+                         "interval_95": [mean - half, mean + half]})
+    return rows
 
 
-@pytest.mark.parametrize("failing, means", [                    # one mean that is another, and the findings that fail
-    ([0, 6, 7], {("main", 2, "gold_log_prob_gain q_experimental"): 0.29}),     # 6, 7: little to compare controls with
-    ([1, 6, 7], {("main", 2, "relevant_share"): 0.59}),
-    ([2], {("main", 1, "gold_log_prob q_random"): -10.9, ("main", 0, "gold_log_prob positive_control"): -9.5}),
-    ([3], {("main", 2, "win_rate"): 0.59}),
-    ([4], {("no_reg", 1, "question_share"): 0.5, ("no_reg", 2, "win_rate"): 0.35}),
-    ([5], {("gold", 1, "invented_facts"): 0.1}), ([5, 11], {("gold", 2, "win_rate"): 0.7}),
-    ([6], {("random", 2, "relevant_share"): 0.51}), ([7], {("permuted", 2, "gold_log_prob_gain q_random"): -0.51}),
-    ([8], {("main", 2, "gold_log_prob q_random"): -21.5}), ([9], {("no_reg", 1, "gold_log_prob q_experimental"): -10.9}),
-    ([10], {("gold", 2, "gold_log_prob q_experimental"): -9.1}), ([11], {("gold", 2, "win_rate"): 0.5}),
-    ([12], {("base_answers", 2, "win_rate"): 0.6})])
-def test_each_finding_fails_when_its_figures_do(failing, means):
-    for change in means.items():
-        changed = [change] if change[0][2] != "win_rate" or failing != [3] else [change, (("main", 1, "win_rate"), 0.599)]
-        assert [i for i, (_, holds, _) in enumerate(check.findings(results_of(changed))) if not holds] == failing
+def failing(*changed, **more):
+    return [i for i, (_, holds, _) in enumerate(check.findings(results_of(*changed, **more))) if not holds]
+
+
+@pytest.mark.parametrize("finding, changed", [
+    (0, "main 2 gold_log_prob_gain q_experimental = 0.29"), (1, "main 2 relevant_share = 0.59"),        # .29 < 3 x .1
+    (2, "main 1 gold_log_prob q_random = -10.9"), (2, "main 0 gold_log_prob positive_control = -9.5"),
+    (4, "no_reg 1 question_share = 0.5"), (4, "no_reg 2 win_rate = 0.35"), (5, "gold 1 invented_facts = 0.1"),
+    (5, "gold 2 win_rate = 0.7"), (6, "random 2 relevant_share = 0.51"),
+    (7, "permuted 2 gold_log_prob_gain q_random = -0.51"), (8, "main 2 gold_log_prob q_random = -21.5"),
+    (9, "no_reg 1 gold_log_prob q_experimental = -10.9"), (10, "gold 2 gold_log_prob q_experimental = -9.1"),
+    (11, "gold 2 win_rate = 0.5"), (12, "base_answers 2 win_rate = 0.6")])
+def test_each_finding_fails_when_its_figures_do(finding, changed):
+    # Without main's gain there is nothing to compare the controls (6, 7) with; a gold that wins as main does wins (11).
+    also = {0: [6, 7], 1: [6, 7], 5: [11] if "win_rate" in changed else []}.get(finding, [])
+    assert failing(changed) == [finding, *also]
 
 
 def test_findings_by_several_figures():
-    assert [holds for _, holds, _ in check.findings(results_of())] == [True] * 13
-    assert [i for i, (_, holds, _) in enumerate(check.findings(results_of(half=0.21))) if not holds] == [3], ".7 - .21"
-    best = {("main", 1, "win_rate"): 0.71, ("main", 2, "win_rate"): 0.55}
-    assert all(holds for _, holds, _ in check.findings(results_of(best))), "the best t counts"
-    nothing = {(variant, 2, "relevant_share"): share for variant, share in (("main", .38), ("random", .2), ("permuted", .2))}
-    assert [i for i, (_, holds, _) in enumerate(check.findings(results_of(nothing))) if not holds] == [1, 6, 7]
+    assert failing() == [] and len(check.findings(results_of())) == 13
+    assert failing(half=0.21) == failing("main 2 win_rate = 0.59", "main 1 win_rate = 0.599") == [3]    # .7 - .21 < .5
+    assert failing("main 1 win_rate = 0.71", "main 2 win_rate = 0.55") == [], "the best t counts"
+    worse = [f"{variant} 2 relevant_share = 0.2" for variant in ("random", "permuted")]
+    assert failing("main 2 relevant_share = 0.38", *worse) == [1, 6, 7], "controls that did worse prove nothing"
 
 
 def test_report_leaves_out_what_was_not_run_and_reads_one_roleplayer():
@@ -368,13 +363,6 @@ def test_a_run_that_was_interrupted_is_reported_as_far_as_it_went():
     assert [holds for _, holds, _ in check.findings(single)][0] is None
 
 
-def test_means_over_seeds():
-    runs = [results_of({("main", 1, "win_rate"): rate}) for rate in (0.6, 0.7, 0.8)]
-    rows = {(row["variant"], row["iteration"], row["metric"]): row for row in check.over_seeds(runs)}
-    row = rows["main", 1, "win_rate"]
-    assert (row["mean"], row["sem"], row["n"]) == (pytest.approx(0.7), pytest.approx(0.1), 3)
-
-
 def test_ties_are_told_from_the_scores_that_the_judge_names(tmp_path):
     (tmp_path / "main/2/test").mkdir(parents=True)
     said = [("ours_first", 2, 1), ("base_first", 2, 1), ("base_first", -1, 0), ("ours_first", 0, 0),
@@ -388,13 +376,14 @@ def test_ties_are_told_from_the_scores_that_the_judge_names(tmp_path):
 
 
 def test_two_runs_are_checked(tmp_path):
-    for run in (tmp_path / "1", tmp_path / "2"):
+    for run, win in ((tmp_path / "1", 0.62), (tmp_path / "2", 0.68)):
         (run / "main/1/test").mkdir(parents=True)
         write_rows(run / "main/1/test/verdicts.jsonl", [])
         (run / "main/2/test").mkdir(parents=True)               # an evaluation that was interrupted
-        write_rows(run / "results.jsonl", results_of())
+        write_rows(run / "results.jsonl", results_of(f"main 1 win_rate = {win}"))
     out, _ = run_stage("toy/check.py", tmp_path / "1", tmp_path / "2", "--output", tmp_path / "check.txt")
     assert out.count("Does it hold in") == 2 and "NO " not in out and "over 2 seeds" in out
+    assert "main 0.650 ± 0.042 0.700 ± 0.000" in " ".join(out.split()), "mean and standard deviation"
     assert out.strip() == (tmp_path / "check.txt").read_text().strip()
     assert max(map(len, out.splitlines())) <= 100 + len(str(tmp_path))
     (tmp_path / "1/results.jsonl").write_text("")
@@ -416,23 +405,11 @@ def test_a_base_without_experts_never_sees_better_questions_than_random_ones():
     assert shares[0.2, "ask what matters"] > 0.7 and 0.37 < shares[0.2, "the base"] < 0.55, shares
 
 
-@pytest.fixture(scope="module")
-def base():
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-    folder = ROOT / "toy/base"
-    return AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
-
-
-def test_base_is_small_and_its_words_are_tokens(base):
-    model, tokenizer = base
+def test_base_is_small_and_copies_asks_and_answers():
+    base = str(ROOT / "toy/base")
+    model, tokenizer = common.load_model(base, "float32"), common.load_tokenizer(base)
     assert model.num_parameters() < 1_000_000 and model.config.model_type == "mistral"
-    for word in [*world.NAMES, *(value for values in world.SLOTS.values() for value in values)]:
-        assert len(tokenizer.encode(f" {word}", add_special_tokens=False)) == 1
-
-
-def test_base_copies_asks_and_answers(base):
-    found = pretrain.abilities(*base)
-    for ability, floor in pretrain.FLOORS.items():
-        assert found[ability] >= floor, found
+    found = pretrain.abilities(model, tokenizer)
+    assert all(found[ability] >= floor for ability, floor in pretrain.FLOORS.items()), found
     assert found["control"] > found["no_conversation"] + 5
-    assert 0.35 < found["relevant_share"] < 0.6  # mostly poor questions: there is something to learn
+    assert 0.35 < found["relevant_share"] < 0.6                 # mostly poor questions: there is something to learn
