@@ -189,6 +189,9 @@ def take_output(output, settings):
     """Writes OUTPUT.settings.json, or refuses what is there: made with other settings, or by somebody else. Keeps other
     programs out of OUTPUT as long as the returned file is open."""
     path, there = Path(f"{output}.settings.json"), Path(output).exists() or unfinished(output)
+    remove = f"Give another --output, or delete {output}, its .part-* and {path.name}."
+    if there and not read_settings(output):
+        fail(f"{output}: not written by this stage. {remove}")
     path.parent.mkdir(parents=True, exist_ok=True)
     lock = open(path, "a", encoding="utf-8")
     try:
@@ -198,9 +201,8 @@ def take_output(output, settings):
     old = read_settings(output)
     differ = [f"{name}: {str(old.get(name))[:60]!r} there, {str(settings.get(name))[:60]!r} now"
               for name in sorted({**old, **settings}) if old.get(name) != settings.get(name)]
-    if there and (differ or not old):
-        why = f"made with other settings: {'; '.join(differ)}" if old else "not written by this stage"
-        fail(f"{output}: {why}. Give another --output, or delete {output}, its .part-* and {path.name}.")
+    if there and differ:
+        fail(f"{output}: made with other settings: {'; '.join(differ)}. {remove}")
     if not there:
         lock.truncate(0)
         print(json.dumps(settings, indent=1, ensure_ascii=False), file=lock, flush=True)
@@ -707,8 +709,7 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescript
 
 
 def stage_parser(manual, output, limit="work on a seeded sample of N pairs", prompts=PROMPTS):
-    """The parser of a stage, with the flags that all stages have. manual: the stage's docstring. prompts: None where it
-    reads none."""
+    """The parser of a stage, with the flags of all stages. manual: its docstring; prompts: None where it reads none."""
     parser = argparse.ArgumentParser(description=manual, formatter_class=HelpFormatter)
     parser.add_argument("--output", required=True, type=os.path.normpath, metavar="PATH", help=output)
     parser.add_argument("--seed", type=number(int, 0), default=42, help="of all randomness")

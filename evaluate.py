@@ -333,8 +333,8 @@ def main():
         requests = {(*pair, order): Request(
             judge_chat(personas[pair[1]]["persona"], tasks[pair[0]]["task"], ours[pair], base[pair], order, prompts),
             seed_for(args.seed, "judge", *pair, order)) for pair in orders for order in orders[pair]}
+        args = Namespace(**{**vars(args), "extra": args.judge_extra})       # --extra is the Questioner's
         # Responses that are made again make the verdicts on the old ones stale.
-        args = Namespace(**{**vars(args), "extra": args.judge_extra})
         verdicts = output("verdicts", "order", responses=fingerprint(f"{args.output}/responses.jsonl"))
 
         def verdict_row(key, reply):

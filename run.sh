@@ -13,7 +13,6 @@ set -eo pipefail
 cd "$(dirname "$0")"
 trap 'kill $running $server 2> /dev/null || true' EXIT
 trap 'exit 129' HUP; trap 'exit 130' INT; trap 'exit 143' TERM
-
 refuse() { echo "run.sh: $*" >&2; exit 2; }
 default() {     # NAME=VALUE ...: unless the environment says otherwise
     local it name
@@ -134,7 +133,8 @@ for variant in $VARIANTS; do
                 test_with "$user" main $t "$RUN/main/$t/model" "$there/$t" "${JUDGED[@]}" "$there/base/$SPLIT"
             done
         done ;;
-    turns) for k in ${TURNS:-1 2}; do for t in 0 $T; do         # log p(gold) after k of three questions
+    turns) [[ $SIMULATE_FLAGS =~ --max-turns[\ =]([0-9]+) ]] && K=${BASH_REMATCH[1]} || K=3
+        for ((k = 1; k < K; k++)); do for t in 0 $T; do                     # log p(gold) after k of K questions
             q=$RUN/main/$t/model talks=$RUN/main/$t flags=(--metrics log_prob --turns $k --baseline "$RUN/base/$SPLIT")
             [ $t != 0 ] || q=$BASE talks=$RUN/base flags=(--metrics log_prob --turns $k)
             evaluate main-after-$k $t "$q" "$talks" "$RUN/main-after-$k/$t" "${flags[@]}"

@@ -51,9 +51,13 @@ def roleplayer_chat(persona, task, conversation, prompts=PROMPTS):
             prompts["roleplayer_user"].format(persona=persona, task=task, conversation=history)}]
 
 
-def user_of(task_id, persona_id, roleplayers, seed):
-    """Which of several Roleplayers answers all conversations of a pair: the same for every model and iteration."""
-    return Random(seed_for(seed, "roleplayer", task_id, persona_id)).choices(roleplayers)[0]
+def deal_users(keys, roleplayers, seed):
+    """{key: Roleplayer} by a hash of the key, here a pair, and {Roleplayer: its name}. A pair has one for all its
+    conversations, the same for every model and iteration. Two of one name end the program."""
+    names = {model: name_of(model) for model in roleplayers}
+    if len(set(names.values())) < len(roleplayers):
+        fail("--roleplayer: two have one name. Rename one: the rows tell them apart by name.")
+    return {key: Random(seed_for(seed, "roleplayer", *key)).choices(roleplayers)[0] for key in keys}, names
 
 
 def simulate(rows, ask, answer):
@@ -105,15 +109,12 @@ def parse_args():
 
 def main():
     args = parse_args()
-    names = {model: name_of(model) for model in args.roleplayer}
-    if len(set(names.values())) < len(args.roleplayer):
-        fail("--roleplayer: two have one name. Rename one: the rows tell them apart by name.")
     tasks, personas = read_tasks(args.tasks, args.tasks_per_split), read_personas(args.personas)
     prompts, processes = read_prompts(*PROMPTS, folder=args.prompts), start_processes()
-    output = Rows(args, args.output, SAMPLE, processes, **prompts)
     pairs = all_pairs(tasks, personas, args.split, args.limit, args.seed)
     turns = {pair: number_of_turns(*pair, args.max_turns, args.seed) for pair in pairs}
-    who = {pair: user_of(*pair, args.roleplayer, args.seed) for pair in pairs}
+    who, names = deal_users(pairs, args.roleplayer, args.seed)
+    output = Rows(args, args.output, SAMPLE, processes, **prompts)
     pairs.sort(key=turns.get)                                   # stable; a block's conversations mostly have one length
     keys = [(*pair, sample) for pair in pairs for sample in range(args.samples)]
     # A block goes turn by turn, and is saved as a whole. A pair's n samples share it, and the beginning of a prompt.

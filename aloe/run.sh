@@ -16,7 +16,6 @@ set -eo pipefail
 cd "$(dirname "$0")/.."
 trap 'kill $running $server 2> /dev/null || true' EXIT
 trap 'exit 129' HUP; trap 'exit 130' INT; trap 'exit 143' TERM
-
 refuse() { echo "run.sh: $*" >&2; exit 2; }
 default() {     # NAME=VALUE ...: unless the environment says otherwise
     local it name
@@ -52,7 +51,7 @@ toy | smoke)
     TALK="--dtype float32 --max-tokens 32" LEARN="--dtype float32 --micro-batch-size 16"
     SFT_FLAGS="--lr 1e-3 $SFT_FLAGS" DPO_FLAGS="--lr 3e-4 $DPO_FLAGS"           # for 0.2 M parameters; chosen on dev
     SERVER_FLAGS="--concurrency 8 $SERVER_FLAGS"
-    export OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false ;;
+    export OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false no_proxy=127.0.0.1 ;;
 paper)
     [ -n "$ORACLE" ] || refuse "set ORACLE to the model that plays all parts, such as openai:MODEL"
     default VARIANTS="sft sft_dpo rejected" PERSONA_SPLITS=train=3310,dev=100,test=100 CONVERSATIONS=3000 \

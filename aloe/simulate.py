@@ -26,13 +26,12 @@ import re
 import sys
 from collections import defaultdict
 from pathlib import Path
-from random import Random
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # first: there, too, are a simulate.py and a train.py
-from common import (Request, Rows, add_model_flags, amount, fail, name_of,  # noqa: E402
-                    natural, nucleus, open_model, read_prompts, read_rows, run, sample_pairs, say, seed_for,
+from common import (Request, Rows, add_model_flags, amount, fail, natural,  # noqa: E402
+                    nucleus, open_model, read_prompts, read_rows, run, sample_pairs, say, seed_for,
                     stage_parser, start_processes)
-from simulate import save_blocks  # noqa: E402
+from simulate import deal_users, save_blocks  # noqa: E402
 
 PROMPTS = read_prompts("aloe_roleplay", "aloe_induction", "aloe_hint")
 
@@ -158,10 +157,7 @@ def talk_parser(manual, output, split):
 
 def user_speaker(args, people, prompts):
     """The users, as a speaker for `talk`. A hash deals each person one of --roleplayer; the row tells its name."""
-    names = {model: name_of(model) for model in args.roleplayer}
-    if len({*names.values()}) < len(args.roleplayer):
-        fail("--roleplayer: two have one name. Rename one: the rows tell them apart by name.")
-    who = {key: Random(seed_for(args.seed, "roleplayer", *key)).choices(args.roleplayer)[0] for key in people}
+    who, names = deal_users(people, args.roleplayer, args.seed)
     for key, row in people.items():
         row["roleplayer"] = names[who[key]]
     return who.get, args.roleplayer_temperature, lambda key, said, _: roleplayer_chat(people[key], said, prompts)

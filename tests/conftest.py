@@ -34,8 +34,7 @@ def load_stage(name):
 
 def pytest_configure(config):
     config.addinivalue_line("markers", "slow: many repetitions; run by `python -m pytest -m slow`")
-    config.addinivalue_line("markers", "browser: needs Chromium; run by `python -m pytest -m browser`")
-    config.option.markexpr = config.option.markexpr or "not slow and not browser"
+    config.option.markexpr = config.option.markexpr or "not slow"
 
 
 def pytest_collection_modifyitems(items):

@@ -1,5 +1,4 @@
 """People at a terminal: behind a server in the place of a model, and in a talk of their own."""
-import json
 import os
 import pty
 import re

@@ -14,7 +14,7 @@ from statsmodels.stats.inter_rater import cohens_kappa
 
 import common
 import evaluate
-from conftest import ROOT, read_lines, run_stage, write_rows
+from conftest import read_lines, run_stage, write_rows
 from report import pictures, report, stats
 
 TASKS, PEOPLE = ("t0", "t1"), ("p0", "p1", "p2")

@@ -111,7 +111,7 @@ def test_who_asks_and_who_answers():
     assert asked["a/b", "1"] == ("a/b", "r/models/a-b/test.jsonl")
     assert asked["c/d", "1"] == ("openai:c/d@http://x:1/v1", "r/models/c-d/test.jsonl")
     assert not any("-after-" in flags["--variant"][0] for flags in of(commands, "toy/measure.py")), "there are no responses"
-    commands = printed("smoke", VARIANTS="main turns", SIMULATE_FLAGS="--max-turns 2", TURNS="1")
+    commands = printed("smoke", VARIANTS="main turns", SIMULATE_FLAGS="--max-turns 2")
     assert {flags["--turns"][0] for flags in of(commands, "evaluate.py", "-after-")} == {"1"}
 
 

@@ -265,7 +265,8 @@ def test_several_roleplayers_share_the_pairs_and_rows_say_who_answered(run, worl
     assert evaluate.roleplayer_label(world.path("out.jsonl"), None) == "m1 + m2"
     twice = [names[0], names[0].replace("127.0.0.1", "localhost")]
     assert "two have one name" in run(simulate, *flags[:-2], *twice, status=2)[1]
-    users = Counter(simulate.user_of(f"t{i}", f"p{j}", ["a", "b"], 42) for i in range(100) for j in range(40))
+    pairs = [(f"t{i}", f"p{j}") for i in range(100) for j in range(40)]
+    users = Counter(simulate.deal_users(pairs, ["a", "b"], 42)[0].values())
     assert abs(users["a"] - 2000) < 4 * 1000 ** 0.5, "evenly"
 
 

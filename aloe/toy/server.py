@@ -15,7 +15,6 @@ messages. Stateless, as toy/server.py, from which the server, its flags and its 
     aloe-inducer-foreign   control: what the same messages would have shown of somebody else, the same in all rounds
     aloe-judge             1 to 5 = 1 + manners that fit + 1 if a true fact is used - wrong facts, at least 1
 """
-import hashlib
 import random
 import re
 import sys
