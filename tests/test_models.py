@@ -1,13 +1,10 @@
 """Log-probabilities, generation, chats and servers, each against a second way to the same answer."""
-import importlib.util
-import os
-import sys
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, MistralConfig, MistralForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.generation import TemperatureLogitsWarper, TopPLogitsWarper
 
 import common
@@ -55,57 +52,6 @@ def alone(model, ids, n):
     return sum(logits[t - 1, ids[t]].item() for t in range(len(ids) - n, len(ids)))
 
 
-def save_bigram_model(folder, tokenizer, table):
-    """A Mistral whose layer does nothing and whose embeddings are unit vectors is a bigram model: its logits after
-    token i are column i of `table` (V, V)."""
-    V = len(table)
-    model = MistralForCausalLM(MistralConfig(
-        vocab_size=V, hidden_size=V, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1,
-        intermediate_size=2, sliding_window=None, tie_word_embeddings=False, rms_norm_eps=0.0))
-    with torch.no_grad():
-        model.model.embed_tokens.weight.copy_(torch.eye(V))
-        model.model.layers[0].self_attn.o_proj.weight.zero_()
-        model.model.layers[0].mlp.down_proj.weight.zero_()
-        model.lm_head.weight.copy_(torch.as_tensor(table) / V ** 0.5)       # RMSNorm scales a unit vector by sqrt(V)
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-
-
-# ------------------------------------------------------------ log p(gold | task, conversation)
-
-def test_log_probability_of_a_bigram_model_computed_by_hand(tmp_path):
-    """A bigram model's log-probability of a text is a sum that numpy can do."""
-    tokenizer = make_tokenizer("mistral")
-    V = -4 * (-len(tokenizer) // 4)
-    table = np.random.default_rng(0).normal(size=(V, V))         # logits [next, current]
-    save_bigram_model(tmp_path, tokenizer, table)
-
-    ids, n = common.scored_ids(tokenizer, CHAT)
-    assert n == len(" Try sencha, Ann.")
-    path = tokenizer("] Try sencha, Ann.", add_special_tokens=False)["input_ids"]    # the context ends with "]"
-    by_hand = sum(table[token, previous] - np.log(np.exp(table[:, previous]).sum())
-                  for previous, token in zip(path, path[1:]))
-    others = [common.scored_ids(tokenizer, [*chat, {"role": "assistant", "content": "x" * i + "y"}])
-              for i, chat in enumerate(chats(9))]
-    assert scores(local(tmp_path, batch_size=2), [*others, (ids, n)])[9] == pytest.approx(by_hand, abs=1e-4 * n)
-    assert -1000 < by_hand < -n
-
-
-def test_work_is_dealt_to_processes_and_what_is_done_is_skipped(tiny):
-    """By the very same batches: to the last bit, whoever computes them."""
-    model = local(tiny, batch_size=2)
-    examples = {f"key {i}": common.scored_ids(model.tokenizer, [*chat, {"role": "assistant", "content": "gold"}])
-                for i, chat in enumerate(chats(12))}
-    requests = {f"key {i}": Request(chat, i) for i, chat in enumerate(chats(12))}
-    for work in (lambda *more: dict(model.score(examples, *more)),
-                 lambda *more: dict(model.generate(requests, 0.9, 0.9, 4, *more))):
-        everything = work()
-        shares = [work((), slice(rank, None, 3)) for rank in range(3)]
-        assert sorted(key for share in shares for key in share) == sorted(requests)
-        assert all(len(share) < 9 for share in shares)
-        assert {key: result for share in shares for key, result in share.items()} == everything
-        left = work(shares[0])
-        assert left == {key: result for key, result in everything.items() if key not in shares[0]}
 
 
 # ------------------------------------------------------------ generation
@@ -116,17 +62,13 @@ HEADS = dict(SIZES, num_key_value_heads=2, intermediate_size=48)
 ARCHITECTURES = {
     "llama": HEADS, "qwen3": dict(HEADS, head_dim=8), "mistral": dict(HEADS, sliding_window=24),
     "gemma3_text": dict(HEADS, head_dim=8, sliding_window=24, layer_types=["sliding_attention", "full_attention"]),
-    "gpt_neox": dict(SIZES, intermediate_size=48), "falcon": dict(SIZES, alibi=True),
-    "mpt": dict(d_model=32, n_heads=4, n_layers=2, max_seq_len=1024, expansion_ratio=2, tie_word_embeddings=False),
-    "gpt2": dict(n_embd=32, n_layer=2, n_head=4, initializer_range=0.3, bos_token_id=None, tie_word_embeddings=False),
-    "opt": dict(SIZES, ffn_dim=48, word_embed_proj_dim=32, pad_token_id=1),
+    "falcon": dict(SIZES, alibi=True), "opt": dict(SIZES, ffn_dim=48, word_embed_proj_dim=32, pad_token_id=1),
     "gpt_neo": dict(SIZES, num_layers=2, num_heads=4, attention_types=[[["global", "local"], 1]], window_size=24),
 }
 STATEFUL = {
     "mamba": dict(hidden_size=32, state_size=8, num_hidden_layers=2),
     "qwen3_5_text": dict(HEADS, head_dim=8, layer_types=["linear_attention", "full_attention"], linear_key_head_dim=8,
                          linear_num_value_heads=4, linear_num_key_heads=2, linear_value_head_dim=8),
-    "lfm2": dict(HEADS, layer_types=["conv", "full_attention"], block_auto_adjust_ff_dim=False),
 }
 
 
@@ -142,7 +84,7 @@ def say_few_letters(model, tokenizer):
 def save_architecture(folder, name, sizes):
     """A random model of another architecture."""
     tokenizer = make_tokenizer("qwen")
-    torch.manual_seed(3 if name == "mpt" else 2)                 # with which they say different things
+    torch.manual_seed(2)                                         # with which they say different things
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(
         name, vocab_size=len(tokenizer), eos_token_id=tokenizer.eos_token_id, **sizes))
     with torch.no_grad():
@@ -200,38 +142,6 @@ def shapes_computed(model, requests, *sampling):
     return replies, seen
 
 
-def test_a_pairs_rows_share_their_opening_behind_a_system_text_too(tmp_path):
-    """As the Roleplayer's do. The opening is computed once, and the texts are those of rows that share nothing."""
-    save_architecture(tmp_path, "qwen3", ARCHITECTURES["qwen3"])
-    model = local(tmp_path)
-    requests = [Request([{"role": "system", "content": "You are roleplaying. " * 9}, {
-        "role": "user", "content": f"I'm Ann. {'I like tea. ' * 20}\n\nAI Assistant: {question}"}], group="pair")
-        for question in ("Hot?", "Green or black?")]
-    prompts = [common.prompt_ids(model.tokenizer, request.chat) for request in requests]
-    opening = len(os.path.commonprefix(prompts))
-    replies, seen = shapes_computed(model, requests, 0.0, 1.0, 8)
-    assert seen[:2] == [(1, opening), (2, max(map(len, prompts)) - opening)] and opening > 400
-    assert set(seen[2:]) <= {(2, 1), (1, 1)} and replies[0] != replies[1]
-    assert answers(model, [request._replace(group=None) for request in requests], 0.0, 1.0, 8) == replies
-
-
-def test_answers_do_not_lean_on_a_name_that_transformers_will_drop(tiny, monkeypatch):
-    """5.40 drops the shim that turns `past_key_values` into `cache`; an unknown name would be swallowed, and the cache
-    stay empty. Mistral's code without that shim, against argmax by argmax without a cache."""
-    from transformers.models.mistral import modeling_mistral
-    monkeypatch.setattr("transformers.utils.deprecation.deprecate_kwarg", lambda *_, **__: lambda function: function)
-    spec = importlib.util.spec_from_file_location("transformers.models.mistral.bare", modeling_mistral.__file__)
-    monkeypatch.setitem(sys.modules, spec.name, bare := importlib.util.module_from_spec(spec))
-    spec.loader.exec_module(bare)
-    ours, requests = local(tiny), talks()
-    ours.model = bare.MistralForCausalLM.from_pretrained(tiny).eval().requires_grad_(False)
-    for reply, request in zip(answers(ours, requests, 0.0, 1.0, 6), requests):
-        prompt = ids = common.prompt_ids(ours.tokenizer, request.chat)
-        while len(ids) < len(prompt) + 6 and ours.stops.isdisjoint(ids[len(prompt):]):
-            ids = [*ids, int(ours.model(torch.tensor([ids]), use_cache=False).logits[0, -1].argmax())]
-        assert reply.text == ours.tokenizer.decode(ids[len(prompt):], skip_special_tokens=True).strip()
-
-
 def test_samples_drawn_by_hand_one_row_at_a_time_and_what_is_computed(tiny):
     """A column a step for the rows that go on. By hand: a whole forward pass for each token, numpy's softmax, the
     seed's numbers in turn, and nothing of the checkpoint's own generation_config: a top_k and a penalty."""
@@ -254,6 +164,7 @@ def test_samples_drawn_by_hand_one_row_at_a_time_and_what_is_computed(tiny):
         texts.append(common.Reply(text, cut=ids[-1] != model.tokenizer.eos_token_id))
         lengths.append(len(ids) - len(prompt))
     assert replies == texts and len(set(lengths)) > 4, lengths
+    assert seen[0][0] == 3 and seen[0][1] > 200, "what a pair's samples begin with is computed once"
     assert seen[2:] == [(sum(length > t for length in lengths), 1) for t in range(1, max(lengths))]
 
 
@@ -273,11 +184,8 @@ def test_nucleus_sampling_has_the_distribution_of_transformers_warpers(temperatu
 
 # ------------------------------------------------------------ folders, chats (test_templates.py has the families)
 
-def test_a_folder_is_loaded_without_a_bar_and_a_broken_one_is_refused(tmp_path, capsys):
+def test_a_broken_folder_is_refused(tmp_path, capsys):
     folder = save_model(tmp_path / "m")
-    capsys.readouterr()
-    local(folder)
-    assert capsys.readouterr().err == "", "no `Loading weights` of a model that is here"
     model = AutoModelForCausalLM.from_pretrained(folder)
     state = model.state_dict()
     del state["model.layers.0.mlp.up_proj.weight"]
