@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import common
 import train
-from conftest import END_OF_TURN, TEMPLATES, make_model, make_tokenizer, read_lines, save_model, write_rows
+from conftest import END_OF_TURN, TEMPLATES, make_tokenizer, read_lines, save_model, write_rows
 
 PAIR = {"task_id": "A0", "persona_id": "Ap0"}
 TALK = [{"role": "assistant", "content": "Green or black?"}, {"role": "user", "content": "Green."},
@@ -59,35 +59,6 @@ def test_too_long_examples_are_dropped_and_counted_never_cut(world):
     assert max(len(ids) for of_pair in examples.values() for ids, _ in of_pair) <= 400
 
 
-def loss_alone(model, ids, labels):
-    """Sum over the supervised tokens of one text: full logits, no padding, no mask."""
-    return torch.nn.functional.cross_entropy(model(torch.tensor([ids])).logits[0, :-1], torch.tensor(labels[1:]),
-                                             ignore_index=-100, reduction="sum")
-
-
-def test_the_loss_is_the_mean_over_the_supervised_tokens_of_the_batch():
-    """Not over texts or micro-batches, whose answers are of very different lengths; also with texts without any."""
-    tokenizer = make_tokenizer("mistral")
-    model = make_model(len(tokenizer))
-    chats = [train.example_chat("Ann", "Tea" * i, TALK[:2 * i], "r" * 13 ** i) for i in (1, 2)]
-    examples = [train.training_examples(tokenizer, chat)[0] for chat in chats]
-    examples += [([1, 2, 3], [-100] * 3), ([5, 6], [5, 6])]
-    ids, labels = train.collate(examples)
-    assert ids.shape == labels.shape == (4, max(len(row) for row, _ in examples))
-    supervised = sum(target != -100 for _, targets in examples for target in targets[1:])
-    parts = [loss_alone(model, *example) for example in examples]
-    assert train.sum_loss(model, ids, labels).item() == pytest.approx(sum(parts).item(), rel=1e-5) and supervised > 200
-    (sum(parts) / supervised).backward()
-    expected = [weight.grad.clone() for weight in model.parameters()]
-    for size in (1, 3, 8):
-        model.zero_grad()
-        loss = train.mean_loss(Accelerator(), model, examples, size, learn=True)
-        assert loss == pytest.approx(sum(parts).item() / supervised, rel=1e-5)
-        assert all(torch.allclose(a.grad, b, atol=1e-5) for a, b in zip(model.parameters(), expected))
-        model.zero_grad()
-        assert train.mean_loss(Accelerator(), model, examples, size) == loss and model.lm_head.weight.grad is None
-
-
 def train_flags(world, base, output, *more):
     return [*world.command("train", base, output=output), "--selected", world.path("s.jsonl"), "--lr", "1e-3",
             "--batch-size", 8, "--micro-batch-size", 8, "--epochs", 2, *more]
@@ -124,15 +95,12 @@ def test_training_from_the_command_line(run, world, tmp_path):
     assert [row["rate"] for row in log] == pytest.approx([0, 1e-3, 0.75e-3, 0.25e-3]), "one step of warm-up, cosine"
 
 
-def test_more_rows_are_another_training_and_one_step_learns(run, world, tmp_path):
+def test_one_step_learns(run, world, tmp_path):
     base = save_model(tmp_path / "base")
     selected(world, count=2)
-    flags = train_flags(world, base, "m", "--epochs", 1)
-    out, _ = run(train, *flags)
+    out, _ = run(train, *train_flags(world, base, "m", "--epochs", 1))
     assert "1 examples + 1 held out" in out and "1 steps" in out
     assert changed(world.path("m"), base) > 0, "warm-up must not eat all steps"
-    selected(world)
-    assert "selected: 's.jsonl (" in run(train, *flags, status=2)[1]
 
 
 def test_whole_pairs_are_held_out(run, world, tiny):
