@@ -12,7 +12,6 @@ import pytest
 import torch
 
 import common
-import evaluate
 import gold
 import simulate
 from conftest import ROOT, make_model, make_tokenizer, read_lines
@@ -85,36 +84,6 @@ def test_gold_responses_are_those_of_the_same_model_on_this_machine(run, world, 
     there, there_cut = written(run, gold, gold_flags(world, f"openai:{folder}@{url}", *FOLD), world.path("2.jsonl"))
     assert there == here and len(here) == 12 and here_cut <= there_cut and 0 < len(here_cut) < 12
     assert len({row["gold"] for row in here}) > 8, "the model should say something else to each prompt"
-
-
-def test_responses_of_a_served_questioner(run, world, folder, url, select_stage):
-    """In select.py and evaluate.py; scores and the choice are Q_BASE's, on this machine."""
-    for stage, name, file in ((select_stage, "select", ""), (evaluate, "evaluate", "/responses.jsonl")):
-        flags = [*world.command(name, folder), *GREEDY]
-        here, here_cut = written(run, stage, flags, world.path(f"{name}-1"), file)
-        served = [*flags, "--questioner", f"openai:{folder}@{url}"]
-        there, there_cut = written(run, stage, served, world.path(f"{name}-2"), file)
-        assert there == here and here_cut <= there_cut and len({row["response"] for row in here}) > 8
-
-
-def test_a_sampled_response_depends_on_its_seed_and_on_top_p(run, world, folder, url):
-    """One request at a time: this server has one random generator for all."""
-    def sampled(seed, *more):
-        flags = ["--temperature", "0.9", "--seed", seed, "--concurrency", 1, *world.flags("tasks"), *FOLD, *more]
-        output = world.path(str(len(os.listdir(world.folder))))
-        rows, _ = written(run, gold, gold_flags(world, f"openai:{folder}@{url}", *flags), output)
-        return [row["gold"] for row in rows]
-    first, again, other = sampled(1), sampled(1), sampled(2)
-    assert first == again and len(first) == 12 and sum(a == b for a, b in zip(first, other)) < 4
-    assert sampled(1, "--top-p", "0.01") == sampled(2, "--temperature", "0")
-
-
-def test_a_wrong_model_name_is_one_line(run, world, folder, url):
-    flags = gold_flags(world, f"openai:another@{url}", "--limit", 1, "--output", world.path("g.jsonl"))
-    _, err = run(gold, *flags, status=2)
-    lines = [line for line in err.splitlines() if line and "gold responses:" not in line]        # the bar's
-    assert len(lines) == 1 and lines[0].startswith(f"gold.py: error: openai:another@{url}: ")
-    assert f"pinned to '{folder}'; requested 'another'" in lines[0]
 
 
 def test_a_stage_with_its_own_server(run, world, folder, server):
