@@ -2,7 +2,6 @@
 import itertools
 import json
 import random
-import re
 import subprocess
 import sys
 import threading
@@ -24,26 +23,6 @@ def people(count, seed=0):
 
 # ---- the world
 
-def test_every_word_says_one_thing():
-    values = {value.lower() for slot in world.SLOTS.values() for value in slot}
-    cues, phrases = list(world.CUES), list(world.SAID.values())
-    assert len(cues) == sum(len(pole[3]) for pole in world.POLES) == len(world.POLE_OF) == 18 and len(phrases) == 6
-    others = [*cues, *world.SMALL_TALK, *phrases, *world.POLE_OF, world.NO_FACT, *re.findall(
-        r"\w+", f"{world.FACT} {world.USE} {world.TRAIT}".replace("{}", ""))]
-    assert not values & set(re.findall(r"\w+", " ".join(others).lower())), "a fact is found by its word"
-    for text in [*cues, *world.SMALL_TALK]:                        # no cue stands in another one, nor in small talk
-        assert [cue for cue in cues if cue in text] == [text] * (text in cues)
-    assert len(set(phrases)) == 6 and not any(a in b for a, b in itertools.permutations(phrases, 2))
-
-
-def test_a_persona_in_words_and_back():
-    for _, persona, profile, personality in people(200):
-        assert world.read_persona(profile, personality) == persona
-    assert len({personality for *_, personality in people(500)}) > 200, "one manner has many names"
-    for half in ((profile, ""), ("", personality), (profile.replace("pet", "cat"), personality)):
-        with pytest.raises(ValueError, match="no persona of this world"):
-            world.read_persona(*half)
-
 
 def test_a_user_shows_a_little_in_each_message_and_all_of_it_in_time():
     known = {k: [] for k in range(1, 11)}
@@ -62,16 +41,6 @@ def test_a_user_shows_a_little_in_each_message_and_all_of_it_in_time():
         assert mean[k] == pytest.approx(3 * (1 - 0.75 ** k), abs=0.12)
 
 
-def test_a_reply_that_fits_all_that_is_known_gets_the_judges_best():
-    for rng, persona, *_ in people(300):
-        assert world.judge_score(world.reply(persona, rng), persona) == 5
-        manners = {name: persona[name] for name in world.MANNERS}
-        assert world.judge_score(world.reply(manners, rng), persona) == 4
-    crowd = [(world.reply({}, rng), persona) for rng, persona, *_ in people(2000)]
-    fitting = sum(world.fit(*pair)[0] for pair in crowd) / 2000
-    assert fitting == pytest.approx(1.5, abs=0.1), "the crowd fits half of the manners of a random user"
-
-
 def test_judge_agrees_with_a_count_by_hand():
     persona = {**dict.fromkeys(world.SLOTS), "pet": "dog", "city": "Oslo", "tone": "casual", "mood": "dry",
                "close": "curious"}
@@ -87,22 +56,6 @@ def test_judge_agrees_with_a_count_by_hand():
             ("Dear friend, your pet is cat. How lovely! Take care.", 1),               # never below 1
             ("Dear friend, your pet is dog. How lovely! Take care.", 2), ("", 1), ("dog", 2), ("cat dog parrot", 1)]:
         assert world.judge_score(text, persona) == score, text
-
-
-def test_judge_is_symmetrical():
-    """Another pole, or another value, in persona and reply: the same score."""
-    for rng, persona, *_ in people(300, seed=1):
-        text = world.reply({**world.draw_persona(rng), **dict(rng.sample(list(persona.items()), 6))}, rng)
-        for manner, poles in world.MANNERS.items():
-            here, there = (world.SAID[manner, pole] for pole in poles)
-            turned = text.replace(here, "#").replace(there, here).replace("#", there)
-            other = next(pole for pole in poles if pole != persona[manner])
-            assert world.judge_score(turned, {**persona, manner: other}) == world.judge_score(text, persona)
-        for slot, values in world.SLOTS.items():
-            following = dict(zip(values, values[1:] + values[:1]))
-            turned = re.sub(r"\w+", lambda word: following.get(word[0], word[0]), text)
-            assert world.judge_score(turned, {**persona, slot: following[persona[slot]]}) == world.judge_score(
-                text, persona)
 
 
 # ---- the server
@@ -153,24 +106,13 @@ def test_inducer_extracts_what_the_users_lines_show():
     fields = {"conversation": conversation, "profile": profile, "personality": personality}
     assert ask("aloe-inducer", "induction", **fields) == (
         "Profile: My pet is dog. My city is Oslo.\nPersonalities: I am nosy. I am polite."), "in the persona's words"
+    foreign = ask("aloe-inducer-foreign", "induction", **fields)
+    true, other = map(world.read_sentences, (ask("aloe-inducer", "induction", **fields), foreign))
+    assert set(other) == set(true) and other["pet"] != "dog" and other["city"] != "Oslo", "as much of somebody else"
+    assert ask("aloe-inducer-foreign", "induction", **fields) == foreign, "always the same"
     fields["conversation"] = "A: It rains again."
     assert ask("aloe-inducer", "induction", **fields) == "Profile: None\nPersonalities: None"
     assert ask("aloe-inducer-foreign", "induction", **fields) == "Profile: None\nPersonalities: None"
-
-
-def test_a_foreign_inducer_tells_as_much_of_somebody_else_always_the_same():
-    differ, before = 0, {}
-    for rng, persona, profile, personality in people(200):
-        said = [f"A: {world.message(persona, (), rng)}" for _ in range(5)]
-        for k in (1, 5):
-            fields = {"conversation": "\n".join(said[:k]), "profile": profile, "personality": personality}
-            true, foreign = (world.read_sentences(ask(model, "induction", **fields))
-                             for model in ("aloe-inducer", "aloe-inducer-foreign"))
-            assert true.items() <= persona.items() and set(true) == set(foreign)
-            assert k == 1 or before.items() <= foreign.items()
-            before = foreign
-        differ += sum(true[name] != foreign[name] for name in true) / max(1, len(true))
-    assert 100 < differ < 190, "nine of ten facts are others, and half of the manners"
 
 
 def test_server_judges_and_refuses_everything_else():
@@ -223,29 +165,15 @@ def test_measure_by_hand(tmp_path):
 
 # ---- the base
 
-@pytest.fixture(scope="module")
-def base():
+def test_base_is_small_and_can_adapt_and_copy_but_is_as_the_crowd():
     from transformers import AutoModelForCausalLM, AutoTokenizer
-    folder = ROOT / "aloe/toy/base"
-    return AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
-
-
-def test_base_is_small_and_its_words_are_tokens(base):
-    model, tokenizer = base
-    assert model.num_parameters() < 300_000
-    for word in [*world.POLE_OF, *(value for values in world.SLOTS.values() for value in values)]:
-        assert len(tokenizer.encode(f" {word}", add_special_tokens=False)) == 1
-
-
-def test_base_can_adapt_and_copy_but_is_as_the_crowd(base):
+    base = [kind.from_pretrained(ROOT / "aloe/toy/base") for kind in (AutoModelForCausalLM, AutoTokenizer)]
+    assert base[0].num_parameters() < 300_000
     assert pretrain.copying(*base, 8) >= pretrain.FLOORS["copy_8"]
     pretrain.pretrain.torch.manual_seed(0)
     (manners, facts, _), (hint_manners, hint_facts, hint_wrong) = (
-        pretrain.adapting(*base, hinted, 192) for hinted in (False, True))
+        pretrain.adapting(*base, hinted, 96) for hinted in (False, True))
     assert hint_manners > manners + 0.05 and hint_facts > facts + 0.05 and hint_wrong < 0.2, "a hint helps"
     assert 0.5 < manners < 0.7 and 0.1 < facts < 0.3, "without one there is something to learn"
-    first = pretrain.with_hint("My pet is dog.", {"pet": "dog"}, random.Random(0), full=1)
-    replies = pretrain.pretrain.generate(*base, 100 * [[{"role": "user", "content": first}]], True, 32, 1.0, 1.0)
-    assert sum(any(said in text for said in ("Dear friend,", "Hey mate,")) for text in replies) >= 95, "no mere echo"
     said = json.loads((ROOT / "aloe/toy/base/abilities.json").read_text())
     assert all(said[ability] >= floor for ability, floor in pretrain.FLOORS.items())
