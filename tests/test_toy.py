@@ -2,7 +2,6 @@
 import json
 import random
 import re
-import subprocess
 import sys
 import threading
 import urllib.error
@@ -129,22 +128,6 @@ def chat(system, user):
     return [{"role": "system", "content": system}, {"role": "user", "content": user}]
 
 
-def test_server_answers_the_papers_prompts(url):
-    def said(model, system, user):
-        status, answer = post(url, {"model": model, "messages": chat(PROMPTS[system], user), "seed": 3})
-        assert status == 200 and answer["object"] == "chat.completion" and answer["model"] == model, answer
-        usage, choice = answer["usage"], answer["choices"][0]
-        assert usage["total_tokens"] == usage["prompt_tokens"] + usage["completion_tokens"] > 100
-        assert choice["finish_reason"] == "stop" and choice["message"]["role"] == "assistant"
-        return choice["message"]["content"]
-
-    text = said("persona-writer", "persona_system", PROMPTS["persona_user"] + "\n\nI'm A. One.\n\nI'm B. Two.")
-    persona, task = world.read_persona(text), "I am looking for a classic trip."
-    gold = said("oracle", "gold_system", PROMPTS["gold_user"].format(persona=text, task=task))
-    assert gold == world.gold_response(persona, task)
-    assert said("judge", "judge_system", judge_prompt(text, task, "What?", gold)).endswith("\n\nFinal Response: B")
-
-
 def test_server_is_deterministic_for_a_seed_and_varies_between_seeds():
     asked = PROMPTS["persona_system"], PROMPTS["persona_user"] + "\n\nI'm A. One.\n\nI'm B. Two."
     drawn = [ask("persona-writer", *asked, seed) for seed in range(20)]
@@ -159,29 +142,15 @@ def test_server_refuses_everything_else(url):
     for bad, reason in [
             ({**good, "model": "judge"}, "does not play this role"),
             ({**good, "model": None}, "does not play this role"),
-            ({**good, "n": 2}, "n = 1"), ({**good, "stream": True}, "no stream"), ({**good, "seed": "x"}, "seed"),
+            ({**good, "n": 2}, "n = 1"),
             ({**good, "messages": chat("You are kind.", user)}, "no role"),
-            ({**good, "messages": chat(system, user)[1:]}, "no role"),
             ({**good, "messages": chat(system, user.replace("concise", "short"))}, "not the prompt"),
             ({**good, "messages": chat(system, user.replace(task, "What is love?"))}, "no task of this world"),
             ({**good, "messages": chat(system, user.replace(persona, "A cat."))}, "no persona of this world"),
-            ({**good, "messages": [{"role": "system", "content": system}, {"role": "user"}]}, "messages"),
-            ({"model": "oracle"}, "messages"), ([], "JSON object"), (b"{", "")]:
+            ({"model": "oracle"}, "messages"), (b"{", "")]:
         status, answer = post(url, bad)
         assert status == 400 and answer["error"]["type"] == "invalid_request_error", bad
         assert reason in answer["error"]["message"]
-
-
-def test_server_process_starts_says_where_and_stops_at_once(tmp_path):
-    process = subprocess.Popen([sys.executable, ROOT / "toy/server.py", "--port", "0", "--port-file", tmp_path / "url"],
-                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    line, address = process.stdout.readline(), (tmp_path / "url").read_text().strip()
-    assert line == f"serving on {address}\n"
-    with urllib.request.urlopen(f"{address}/models") as answer:
-        assert "roleplayer-terse" in [model["id"] for model in json.load(answer)["data"]]
-    process.terminate()
-    _, errors = process.communicate(timeout=30)
-    assert process.returncode == 0 and errors == ""
 
 
 def answers(manner, history, persona, seeds):
@@ -247,30 +216,16 @@ def test_measure_by_hand(tmp_path):
     assert len(found) == 5 and measure.invented_facts("Your pet is dog.", [], "Help me plan a bold dinner.") == 1
 
 
-def test_coverage_and_asking_again_by_hand():
-    """A wrong fact is none; those that nobody asked for count."""
+def test_coverage_and_asking_again_and_what_remains_of_a_win_by_hand():
+    """A wrong fact is none; those that nobody asked for count. Of .75 above one half .625 leave a half."""
     task, persona = "Help me plan a bold dinner.", "I'm Anna. My diet is vegan. My budget is tiny. My pet is dog."
     for told, share in (("My diet is vegan.", 1), ("My diet is keto.", 0), ("My diet is vegan. My budget is tiny.", 2),
                         ("My pet is dog.", 0)):
         assert measure.coverage(turn("diet", told), task, persona) == share
     asked = turn("pet", "No.") + turn("pet", "dog.") + turn("job and pet", "dog.")
     assert manners.asks_again(asked) == 0.5
-
-
-def test_what_remains_of_a_win_by_hand():
-    """Of .75 above one half .625 leave a half."""
     assert manners.share_kept([(1, 1), (0.5, 1), (1, 1), (0, 0)]) == 0.5
     assert manners.share_kept([(1, 0), (1, 1)]) is None, "there was no win"
-    pairs = [(t, p) for t in "ab" for p in "xyz"]
-
-    def run(*points):
-        return {"win rate": dict(zip(pairs, points))}
-
-    won = {("plain", user, 1): run(1, 1, 1, 0, 0, 0) for user in manners.MANNERS}
-    won |= {("plain", "roleplayer", 1): run(1, 1, 1, 1, 1, 0), ("plain", "roleplayer-terse", 1): run(1, 1, 1, 1, 0, 0)}
-    found = manners.kept(won, 1, lambda user: ("plain", user), lambda user: ("plain", "roleplayer"))
-    # of wins 5/6, 4/6 and 3/6: (1/6) / (2/6), 0, and together (4/6 + 3 x 3/6) / 4 - 1/2 = 1/24 of 1/3
-    assert [text.split()[0] for text in found] == ["0.50", "0.00", "0.00", "0.00", "0.12"]
 
 
 def test_permuted_golds_belong_to_somebody_else(tmp_path):
@@ -344,35 +299,17 @@ def test_findings_by_several_figures():
     assert failing("main 2 relevant_share = 0.38", *worse) == [1, 6, 7], "controls that did worse prove nothing"
 
 
-def test_report_leaves_out_what_was_not_run_and_reads_one_roleplayer():
-    rows = [row for row in results_of() if row["variant"] == "main"]
-    other = [{**row, "roleplayer": "roleplayer-terse", "mean": -99.0} for row in results_of()]
-    assert [holds for _, holds, _ in check.findings(rows + other)] == [True] * 5
-    assert check.sharpening(results_of() + other) == [(1, 0.62, 0.52), (2, 0.7, 0.57)] and check.sharpening(rows) == []
-    assert check.findings([]) == check.findings(other) == []
-
-
-def test_a_run_that_was_interrupted_is_reported_as_far_as_it_went():
+def test_what_was_not_run_and_what_was_interrupted_is_left_out():
     whole = results_of()
+    main = [row for row in whole if row["variant"] == "main"]
+    other = [{**row, "roleplayer": "roleplayer-terse", "mean": -99.0} for row in whole]
+    assert [holds for _, holds, _ in check.findings(main + other)] == [True] * 5, "one roleplayer is read"
+    assert check.sharpening(whole + other) == [(1, 0.62, 0.52), (2, 0.7, 0.57)] and check.sharpening(main) == []
+    assert check.findings([]) == check.findings(other) == []
     for row in whole:                                              # whatever is missing, there is no traceback
         check.findings([other for other in whole if other is not row])
     part = [row for row in whole if row["variant"] != "no_reg" or row["iteration"] < 2]
-    assert [holds for _, holds, _ in check.findings(part)] == [
-        True, True, True, True, None, True, True, True, True, None, True, True, True]
-    single = [{**row, "sem": None, "interval_95": None} for row in whole]
-    assert [holds for _, holds, _ in check.findings(single)][0] is None
-
-
-def test_ties_are_told_from_the_scores_that_the_judge_names(tmp_path):
-    (tmp_path / "main/2/test").mkdir(parents=True)
-    said = [("ours_first", 2, 1), ("base_first", 2, 1), ("base_first", -1, 0), ("ours_first", 0, 0),
-            ("base_first", 1, 1), ("ours_first", -2, -1), ("ours_first", 3, -1), ("base_first", 0, 2)]
-    write_rows(tmp_path / "main/2/test/verdicts.jsonl", [
-        {"task_id": "t", "persona_id": f"p{i // 2}", "order": order, "verdict": "ours",
-         "raw": f"Comparison: response A scores {a}, response B scores {b}.\n\nFinal Response: A"}
-        for i, (order, a, b) in enumerate(said)])
-    assert check.outcomes(tmp_path, "test") == {("main", 2): (4 / 8, 2 / 8, 2 / 8)}
-    assert check.outcomes(tmp_path, "dev") == {}
+    assert [i for i, (_, holds, _) in enumerate(check.findings(part)) if holds is None] == [4, 9]
 
 
 def test_two_runs_are_checked(tmp_path):
@@ -390,26 +327,10 @@ def test_two_runs_are_checked(tmp_path):
     assert "no results of an iteration" in run_stage("toy/check.py", tmp_path / "1", status=2)[1]
 
 
-def test_a_base_without_experts_never_sees_better_questions_than_random_ones():
-    rng, shares = random.Random(0), {}
-    for experts in (0, 0.2):
-        for name, mixture, floors, _ in pretrain.phases(experts):
-            asked = [world.question_slot(message["content"]) in world.relevant_slots(messages[0]["content"])
-                     for draw in mixture for messages in [draw(rng) for _ in range(300)]
-                     if re.search(r"\ba \w+ (?:" + "|".join(world.TOPICS) + r")\b", messages[0]["content"])
-                     for message in messages if message["role"] == "assistant" and "?" in message["content"]]
-            if asked:
-                shares[experts, name] = sum(asked) / len(asked)
-            assert experts or "relevant_share" not in floors
-    assert all(0.25 < share < 0.37 for (experts, _), share in shares.items() if experts == 0), shares
-    assert shares[0.2, "ask what matters"] > 0.7 and 0.37 < shares[0.2, "the base"] < 0.55, shares
-
-
-def test_base_is_small_and_copies_asks_and_answers():
+def test_base_is_small_and_copies_and_answers():
+    """(tests/test_smoke.py measures what it asks.)"""
     base = str(ROOT / "toy/base")
     model, tokenizer = common.load_model(base, "float32"), common.load_tokenizer(base)
     assert model.num_parameters() < 1_000_000 and model.config.model_type == "mistral"
-    found = pretrain.abilities(model, tokenizer)
-    assert all(found[ability] >= floor for ability, floor in pretrain.FLOORS.items()), found
-    assert found["control"] > found["no_conversation"] + 5
-    assert 0.35 < found["relevant_share"] < 0.6                 # mostly poor questions: there is something to learn
+    found = pretrain.abilities(model, tokenizer, ("copy_8", "answers"))
+    assert len(found) == 3 and all(value >= pretrain.FLOORS[ability] for ability, value in found.items()), found
