@@ -229,11 +229,3 @@ def test_bad_input_is_one_line_and_nothing_is_lost(name, world, tiny, run, serve
     new = {path.name for path in after.keys() - before.keys() if not path.name.endswith((".settings.json", ".lock"))}
     assert new <= set(KEPT.get(stage, [])), "something was written"
     assert len(server.requests) == asked or "key" in name, "something was asked for"
-
-
-def test_an_output_in_folders_that_do_not_exist_yet(world, tiny, run, server, short):
-    bench = Bench(world, tiny, run, server)
-    for stage in STAGES:
-        output = world.path(f"a/{stage}/b/out.jsonl")
-        bench.make(stage, "--output", output)
-        assert Path(output).exists()

@@ -88,14 +88,10 @@ FAMILIES = {
                      HEADER.format("assistant"), "", "<|eot_id|>", ""),
     "phi3": Family("prefixed", "<s>", "<|endoftext|>", ["<|user|>", "<|assistant|>", "<|end|>"],
                    "<|user|>\n{}<|end|>\n", "<|assistant|>\n", "", "<|end|>", "\n"),
-    "qwen": Family("bytes", "", "<|endoftext|>", ["<|im_start|>", "<|im_end|>"], "<|im_start|>user\n{}<|im_end|>\n",
-                   "<|im_start|>assistant\n", "", "<|im_end|>", "\n"),
-    "mistral_v0.1": Family("prefixed", "<s>", "</s>", [], "[INST] {} [/INST]", "", "", "</s>", " "),
     "mistral_v0.2": Family("prefixed", "<s>", "</s>", [], " [INST] {} [/INST]", "", " ", "</s>", ""),
     "mistral_v0.3": Family("prefixed", "<s>", "</s>", ["[INST]", "[/INST]"], "[INST] {}[/INST]", "", " ", "</s>", ""),
     "chatglm3": Family("pieces", "[gMASK]", "</s>", ["<|user|>", "<|assistant|>"], "<|user|>\n {}", "<|assistant|>",
                        "\n ", "", ""),
-    "alpaca": Family("prefixed", "<s>", "</s>", [], "### Instruction:\n{}\n\n", "### Response:\n", "", "", "\n\n"),
     "falcon": Family("bytes", "", "<|endoftext|>", [], "User: {}\n\n", "Falcon:", " ", "", "\n\n"),
 }
 
