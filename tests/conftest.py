@@ -32,11 +32,6 @@ def load_stage(name):
     return module
 
 
-def pytest_configure(config):
-    config.addinivalue_line("markers", "slow: many repetitions; run by `python -m pytest -m slow`")
-    config.option.markexpr = config.option.markexpr or "not slow"
-
-
 def pytest_collection_modifyitems(items):
     items.sort(key=lambda item: item.path.stem not in ("test_smoke", "test_serve"))  # the longest first, side by side
 
