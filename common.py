@@ -105,7 +105,7 @@ def read_tasks(path, per_split=None):
 
 
 def read_personas(path):
-    """{persona_id: row} with `persona_id`, `split`, `name`, `persona`."""
+    """{persona_id: row} with `persona_id`, `split`, `name`, `persona`; where it has one task alone, `task_id`."""
     fields = dict.fromkeys(("split", "name", "persona"), str)
     return {row["persona_id"]: row for row in read_rows(path, {"persona_id": str}, fields)}
 
@@ -131,8 +131,10 @@ def read_conversations(path, tasks, personas, **more):
 
 
 def all_pairs(tasks, personas, split, limit=None, seed=0):
-    """The (task_id, persona_id) of a split: the full product, or a seeded sample of `limit` of them."""
-    pairs = [(i, j) for i in tasks for j in personas if tasks[i]["split"] == personas[j]["split"] == split]
+    """The (task_id, persona_id) of a split: the full product, or a seeded sample of `limit` of them. A persona that
+    names its task (`task_id`) has that one alone."""
+    pairs = [(i, j) for i in tasks for j in personas
+             if tasks[i]["split"] == personas[j]["split"] == split and personas[j].get("task_id", i) == i]
     return sample_pairs(pairs, limit, seed) if pairs else fail(
         f"--split {split}: no task has this split, or no persona. Name another one.")
 
@@ -146,7 +148,8 @@ def sample_pairs(pairs, limit, seed):
 
 # Flags that change no row, but where it goes, how many there are and how fast they come. (What counts of --prompts is
 # their texts.) All other flags are settings; so is a flag that a fork adds.
-NEUTRAL = {"output", "results", "limit", "metrics", "batch_size", "concurrency", "timeout", "max_refused", "prompts"}
+NEUTRAL = {"output", "results", "limit", "metrics", "batch_size", "concurrency", "timeout", "max_refused", "prompts",
+           "scores"}
 
 
 def fingerprint(value):
@@ -553,7 +556,8 @@ class LocalModel:
         import torch
         cache, ids, mask = self._prefill(prompts, groups)
         draws, said, rows = torch.tensor(draws, device=ids.device), [[] for _ in prompts], list(range(len(prompts)))
-        for t in range(draws.shape[1]):                                                     # rows: those that go on
+        bar = tqdm(range(draws.shape[1]), "tokens", delay=10, leave=False, disable=bool(ids.device.index))
+        for t in bar:                                                                       # rows: those that go on
             logits = self.model(ids, attention_mask=mask, position_ids=positions(mask)[:, -ids.shape[1]:],
                                 cache=cache, logits_to_keep=1).logits[:, -1]                # (B, V)
             tokens = next_tokens(logits, draws[rows, t], temperature, top_p)                # (B,)

@@ -2,8 +2,8 @@
 # STaR-GATE, from nothing to the tables: Algorithm 1 as a loop over the stages.
 #   bash run.sh           three iterations and the ablations in the embedded world: two CPU cores, no key, no GPU
 #   bash run.sh smoke     every step once: one iteration, two minutes
-#   bash run.sh small     a real Questioner of .5B on one card of 24 GB (docs/scale.md); needs ORACLE and ROLEPLAYER
-#   bash run.sh paper     the published settings; needs ORACLE and ROLEPLAYER
+#   bash run.sh laptop    a pretrained Questioner of 135M, a user by rule: two CPU cores, no key (docs/laptop.md)
+#   bash run.sh paper     the published settings; needs ORACLE and ROLEPLAYER, as `small` does, for one card of 24 GB
 # Each command is printed before it runs. It can be copied and run alone. A run that was interrupted goes on where it
 # stopped: start it again with the same words. If a setting has changed, a stage says what to delete.
 #   PRINT=1               prints all commands and runs none; | python report/cost.py --prices IN OUT adds them up
@@ -34,7 +34,7 @@ stage() {       # COMMAND ...: printed, run, and run again where a server was aw
 
 # ---------------------------------------------------------------- settings; what is not said is a stage's default
 MODE=${1:-toy} KNOWN="main no_reg gold random permuted hidden base_answers base_questions other_user turns models"
-[[ -e settings/$MODE.sh && " serve gpus " != *" $MODE "* ]] || refuse "no mode $MODE; there are toy smoke small paper"
+[[ -e settings/$MODE.sh && " serve gpus " != *" $MODE "* ]] || refuse "no mode $MODE: toy smoke laptop small paper"
 for name in $VARIANTS; do [[ " $KNOWN " = *" $name "* ]] || refuse "no variant $name; there are: $KNOWN"; done
 default RUN="runs/$MODE${LIMIT:+-$LIMIT}" SEED=42 SPLIT=test
 . "settings/$MODE.sh"
@@ -67,9 +67,9 @@ evaluate() {    # VARIANT t MODEL TALKS FOLDER FLAGS ...: gold log-probabilities
     stage "${SERVED[@]}" $LAUNCH evaluate.py "${DATA[@]}" --gold "$test_gold" --base "$BASE" $ASK $SCORE \
         --split "$SPLIT" --variant "$1" --iteration "$2" --questioner "$3" --conversations "$4/$SPLIT.jsonl" \
         --output "$5/$SPLIT" --results "$RUN/results.jsonl" $SERVER_FLAGS "${METRICS[@]}" "${@:6}" $EVALUATE_FLAGS
-    [ -z "$toy" ] || [[ -z $JUDGE || " $* " = *" log_prob "* ]] ||      # a toy can be asked what matters
-        stage python toy/measure.py --variant "$1" --iteration "$2" --conversations "$4/$SPLIT.jsonl" --tasks "$TASKS" \
-            --personas "$people" --split "$SPLIT" --responses "$5/$SPLIT/responses.jsonl" --results "$RUN/results.jsonl"
+    [[ -z $MEASURE || " $* " = *" log_prob "* ]] || stage python $MEASURE --variant "$1" --iteration "$2" \
+        --conversations "$4/$SPLIT.jsonl" --tasks "$TASKS" --personas "$people" --split "$SPLIT" \
+        ${JUDGE:+--responses "$5/$SPLIT/responses.jsonl"} --results "$RUN/results.jsonl"    # what is known to matter
 }
 test_with() {   # ROLEPLAYER VARIANT t MODEL FOLDER FLAGS ...: conversations on the evaluated split, and what they bring
     talk "$4" "$1" "$SPLIT" "$TEST_SAMPLES" "$5/$SPLIT.jsonl"
@@ -89,8 +89,8 @@ expert_iteration() {    # VARIANT TARGET GOLDS FLAGS ...: Algorithm 1; train.py'
         talk "$q" "$ROLEPLAYER" $split "$SAMPLES" "$talked/conversations.jsonl" \
             ${TRAIN_PAIRS:+--limit "${LIMIT:-$TRAIN_PAIRS}"}                                            # line 3
         stage "${SERVED[@]}" $LAUNCH select.py "${DATA[@]}" --gold "$(gold_of $split $golds)" --base "$BASE" \
-            --questioner "$q" $ASK $SCORE --conversations "$talked/conversations.jsonl" "$@" \
-            --output "$selected/selected.jsonl" $SERVER_FLAGS $SELECT_FLAGS                             # lines 4, 5
+            --questioner "$q" $ASK $SCORE --conversations "$talked/conversations.jsonl" "$@" $SERVER_FLAGS \
+            --scores "$talked/scores-$golds.jsonl" --output "$selected/selected.jsonl" $SELECT_FLAGS    # lines 4, 5
         stage $LAUNCH_TRAINING train.py "${DATA[@]}" --gold "$(gold_of $split)" --base "$BASE" $LEARN \
             --target "$target" --selected "$selected/selected.jsonl" --output "$here/model" $TRAIN_FLAGS    # line 6
         q=$here/model

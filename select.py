@@ -8,8 +8,7 @@ model. The paper's KL term keeps the model's responses where they were. Line 5 d
 
     reads   --conversations  the rows of simulate.py          --gold  the rows of gold.py
     writes  --output         a conversation's row with "gold_log_prob": -351.2, "response": "Since you have a ..."
-            selected.scores.jsonl beside selected.jsonl, for all conversations, with
-            {"task_id", "persona_id", "sample", "log_prob", "tokens"}
+            --scores         of all conversations {"task_id", "persona_id", "sample", "log_prob", "tokens"}
 
 On a laptop (files from simulate.py's and gold.py's examples):
     python select.py --base toy/base --questioner toy/base --dtype float32 --tasks runs/t.jsonl \\
@@ -58,6 +57,8 @@ def parse_args():
     add_data_flags(parser)
     parser.add_argument("--gold", default="runs/gold.jsonl", help="gold responses (JSONL)")
     parser.add_argument("--conversations", required=True, help="conversations (JSONL)")
+    parser.add_argument("--scores", metavar="PATH", help="log-probabilities (JSONL), the same for each --pick; "
+                        "by default beside --output")
     parser.add_argument("--k", type=natural, default=1, help="conversations kept for each pair")
     parser.add_argument("--pick", choices=("best", "random"), default="best", help="random: a control")
     parser.add_argument("--no-response", action="store_true", help="no regularisation response (the no_reg ablation)")
@@ -81,7 +82,7 @@ def main():
     rows = {key_of(row): row for row in all_conversations
             if "refused" not in row and pair_of(row) in pairs and golds[pair_of(row)]}
     prompts, processes = read_prompts(*FORM, folder=args.prompts), start_processes()
-    path = args.output.removesuffix(".jsonl") + ".scores.jsonl"
+    path = args.scores or args.output.removesuffix(".jsonl") + ".scores.jsonl"
     scores = Rows(args, path, SAMPLE, processes, NOT_OF_SCORES, **prompts)
     output = Rows(args, args.output, SAMPLE, processes, **prompts)
     # Training leaves it out, so that part of the gain is this prompt, distilled.

@@ -178,6 +178,8 @@ def test_what_a_number_does_not_depend_on_is_no_setting_of_it(run, server, world
         os.remove(world.path("out.jsonl.settings.json"))
         run(select_stage, *select, *more)
         os.remove(world.path("out.jsonl"))
+    run(select_stage, *select[:-1], world.path("elsewhere.jsonl"), "--pick", "random", "--scores",
+        world.path("out.scores.jsonl"))
     assert len(scored) == 1
     run(evaluate, *world.command("evaluate", tiny, output="e0"))
     server.reply = lambda request: (200, "Final Response: A")
