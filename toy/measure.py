@@ -63,7 +63,7 @@ def used_facts(response, task, persona):
 
 def measure(conversations, responses, tasks, personas):
     """Rows of both files, {task_id: task row}, {persona_id: its row} -> {metric: {(task_id, persona_id): mean over the
-    pair's samples}}."""
+    pair's samples}}; empty where there are no responses."""
     talks = {key_of(row): row["conversation"] for row in conversations}
 
     def means(rows, of):
@@ -86,7 +86,7 @@ def parse_args():
     parser.add_argument("--roleplayer", metavar="NAME", help="label; default: as --conversations' settings say")
     parser.add_argument("--split", default="test", help="of the tasks and personas")
     parser.add_argument("--conversations", required=True, help="Q_t's conversations on the split (JSONL)")
-    parser.add_argument("--responses", required=True, help="the responses to them (JSONL)")
+    parser.add_argument("--responses", help="the responses to them (JSONL); a run without a judge has none")
     parser.add_argument("--tasks", required=True, help="tasks (JSONL)")
     parser.add_argument("--personas", required=True, help="personas (JSONL)")
     parser.add_argument("--results", required=True, help="gets a row for each metric; a rerun replaces it")
@@ -98,11 +98,13 @@ def main():
     tasks, personas = read_tasks(args.tasks), read_personas(args.personas)
     conversations = [row for row in read_conversations(args.conversations, tasks, personas)
                      if tasks[row["task_id"]]["split"] == args.split and "refused" not in row]
-    responses = list(read_responses(args.responses))
+    responses = list(read_responses(args.responses)) if args.responses else []
     if not set(map(key_of, responses)) <= set(map(key_of, conversations)):
         fail(f"{args.responses}: answers conversations that are not in {args.conversations}. Give the file behind it.")
     rows, roleplayer = [], roleplayer_label(args.conversations, args.roleplayer)
     for metric, pairs in measure(conversations, responses, tasks, personas).items():
+        if not pairs:
+            continue
         rows.append({"variant": args.variant, "iteration": args.iteration, "metric": metric, "condition": "",
                      "roleplayer": roleplayer, "split": args.split, "title": TITLES[metric], **summary(pairs)})
     write_results(args.results, rows)

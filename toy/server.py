@@ -261,7 +261,7 @@ def end_with(parent):
     os._exit(0)
 
 
-def parse_args(manual):
+def server_parser(manual):
     parser = argparse.ArgumentParser(description=manual, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--port", type=int, default=8765, help="0: any free port")
     parser.add_argument("--port-file", help="the URL is written here once the server listens")
@@ -270,15 +270,15 @@ def parse_args(manual):
                              f"{', '.join(LASTING)} (always)")
     parser.add_argument("--delay", type=float, default=0, help="seconds before each answer, as a real model takes")
     parser.add_argument("--end-with-parent", action="store_true", help="end when the program that started it is gone")
-    return parser.parse_args()
+    return parser
 
 
-def main(manual=__doc__, server_class=Server):
-    args = parse_args(manual)
+def main(parser=server_parser(__doc__), server_class=Server):
+    args = parser.parse_args()
     for ending in (signal.SIGINT, signal.SIGTERM):              # at once, even in the middle of a request
         signal.signal(ending, lambda *_: os._exit(0))
     server = server_class(("127.0.0.1", args.port), Handler)
-    server.faults, server.delay = Faults(args.faults), args.delay
+    server.faults, server.delay, server.args = Faults(args.faults), args.delay, args
     url = f"http://127.0.0.1:{server.server_port}/v1"
     if args.port_file:  # atomically: a reader sees the whole URL or no file
         Path(args.port_file + ".new").write_text(url + "\n")

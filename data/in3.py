@@ -1,0 +1,81 @@
+"""Vague tasks whose missing details are known -> tasks, users and golds: data/details.jsonl, or IN3's released files.
+
+    python data/in3.py data/details.jsonl --output runs/in3
+    python data/in3.py test.jsonl --split test --output runs/in3-test          # of github.com/OpenBMB/Tell_Me_More
+
+    reads   {"task": "Which bicycle is right for me?", "vague": true, "split": "A", "missing_details": [{"description":
+             "Distance of a usual ride", "importance": 3, "inquiry": "How far ...?", "options": ["ten miles", ...]}]}
+    writes  tasks.jsonl, personas.jsonl, gold.jsonl in the folder --output
+
+For each user of a task one option is drawn for each missing detail. Two users of a task differ in all of them, as long
+as there are options. The persona has a line for each detail: "Distance of a usual ride: ten miles". The gold response
+names them all. A task that is not vague gets the split `clear`, and a user without preferences: a Questioner has
+nothing to ask there.
+"""
+import argparse
+import json
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the stages
+from common import fail, number, run, seed_for, write_whole  # noqa: E402
+
+NAMES = ("Sam", "Kim", "Alex")
+
+
+def read_details(path):
+    """Yields (row, its details that have options), or ends the program with one line."""
+    for number_, line in enumerate(open(path, "rb"), 1):
+        try:
+            row = json.loads(line)
+            details = [{**detail, "importance": int(detail["importance"])}
+                       for detail in row["missing_details"] if detail["options"]] if row["vague"] else []
+            for text in (row["task"], *(part for d in details for part in (d["description"], *d["options"]))):
+                text.strip()
+            yield row, details
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            fail(f"{path}, line {number_}: {type(error).__name__}: {error}. A line of IN3 has task, vague, "
+                 "missing_details; each of these has description, importance, options.")
+
+
+def make(path, split, users, seed):
+    """-> tasks, personas, golds (lists of rows), and how many vague tasks had no detail with options."""
+    tasks, personas, golds, empty = [], [], [], 0
+    for number_, (row, details) in enumerate(read_details(path), 1):
+        if row["vague"] and not details:
+            empty += 1
+            continue
+        here = "clear" if not row["vague"] else split or row.get("split") or fail(
+            f"{path}, line {number_}: no split. Give --split, such as --split test.")
+        task_id = row.get("task_id") or f"{Path(path).stem}-{number_:04d}"
+        tasks.append({"task_id": task_id, "split": here, "task": row["task"].strip()})
+        for user in range(users if details else 1):
+            chosen = [d["options"][(seed_for(seed, task_id, d["description"]) + user) % len(d["options"])].strip()
+                      for d in details]
+            lines = [f"{d['description'].strip()}: {option}" for d, option in zip(details, chosen)]
+            person = {"persona_id": f"{task_id}-u{user}", "split": here}
+            personas.append({**person, "name": NAMES[user], "task_id": task_id, "importance":
+                             [d["importance"] for d in details], "persona": "\n".join(lines) or "I have no preferences."})
+            if details:
+                golds.append({"task_id": task_id, **person, "gold": " ".join(
+                    ["Here is what suits you.", *(f"{line}." for line in lines)])})
+    return tasks, personas, golds, empty
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("file", help="rows in IN3's form (JSONL)")
+    parser.add_argument("--output", required=True, metavar="FOLDER", type=Path, help="tasks, personas, gold (JSONL)")
+    parser.add_argument("--split", help="of all vague tasks; default: as the rows say")
+    parser.add_argument("--users", type=number(int, 1, len(NAMES)), default=2, help="of each task")
+    parser.add_argument("--seed", type=number(int, 0), default=42, help="of the options")
+    args = parser.parse_args()
+    *files, empty = make(args.file, args.split, args.users, args.seed)
+    args.output.mkdir(parents=True, exist_ok=True)
+    for name, rows in zip(("tasks", "personas", "gold"), files):
+        write_whole(args.output / f"{name}.jsonl", "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in rows))
+    print(f"{args.output}: {len(files[0])} tasks, {len(files[1])} users; left out: {empty} vague tasks without options")
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,85 @@
+"""What evaluate.py cannot know: whether the questions found what matters, where data/in3.py says what that is.
+
+    coverage          importance of the persona's lines that the user said, over the most that so many questions could
+                      bring
+    answered          share of the questions to which the user said a line
+    questions         share of the Questioner's replies that are a question, that is, have a question mark
+    cut               share of the replies that ran into --max-tokens (of conversations: with such a reply)
+    asked_once        share of the replies that occur once in the file, whatever their case and marks
+
+It reads conversations (simulate.py), and adds a row for each metric to the results file:
+
+    python people/measure.py --variant main --iteration 1 --conversations runs/laptop/main/1/test.jsonl \\
+        --tasks runs/laptop/data/tasks.jsonl --personas runs/laptop/data/personas.jsonl --results runs/results.jsonl
+
+All means are over (task, persona) pairs; the samples of a pair are averaged first.
+"""
+import argparse
+import re
+import sys
+from collections import Counter
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the stages; first, since PyPI has an "evaluate", too
+from common import pair_of, read_conversations, read_personas, read_tasks, run  # noqa: E402
+from evaluate import by_pair, roleplayer_label, summary, write_results  # noqa: E402
+
+TITLES = {"coverage": "Importance of what the user told, of what so many questions could bring (share)",
+          "answered": "Questions that the user could answer (share)",
+          "questions": "Replies that are questions (share)",
+          "cut": "Conversations with a reply that was cut (share)",
+          "asked_once": "Replies that nobody else was given (share)"}
+
+
+def words(text):
+    return " ".join(re.findall(r"\w+", text.lower()))
+
+
+def coverage(told, importance, questions):
+    """Importance (1 to 3) of the persona's lines that were told: sum over them / sum over the `questions` largest.
+    told: [bool] for each line; None where the persona has no line."""
+    most = sum(sorted(importance, reverse=True)[:questions])
+    return sum(i for i, is_told in zip(importance, told) if is_told) / most if most else None
+
+
+def measure(conversations, personas):
+    """Rows of conversations, {persona_id: its row} -> {metric: {(task_id, persona_id): mean over its samples}}"""
+    times = Counter(words(turn["content"]) for row in conversations for turn in row["conversation"][::2])
+    rows = []
+    for row in conversations:
+        persona = personas[row["persona_id"]]
+        asked = [turn["content"] for turn in row["conversation"][::2]]
+        said = [turn["content"] for turn in row["conversation"][1::2]]
+        told = [line in said for line in persona["persona"].splitlines()]
+        rows.append({**row, "coverage": coverage(told, persona["importance"], len(asked)),
+                     "answered": sum(told) / len(asked) if persona["importance"] else None,
+                     "questions": sum("?" in text for text in asked) / len(asked),
+                     "cut": float("cut" in row),
+                     "asked_once": sum(times[words(text)] == 1 for text in asked) / len(asked)})
+    return {metric: by_pair(rows, metric) for metric in TITLES}
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--variant", default="main", help="main, no_reg, random, or a name of yours")
+    parser.add_argument("--iteration", type=int, required=True, help="t; 0 is Q_BASE")
+    parser.add_argument("--split", default="test", help="of the tasks and personas")
+    parser.add_argument("--conversations", required=True, help="Q_t's conversations on the split (JSONL)")
+    parser.add_argument("--tasks", required=True, help="tasks (JSONL)")
+    parser.add_argument("--personas", required=True, help="personas (JSONL) of data/in3.py")
+    parser.add_argument("--results", required=True, help="gets a row for each metric; a rerun replaces it")
+    args = parser.parse_args()
+    tasks, personas = read_tasks(args.tasks), read_personas(args.personas)
+    conversations = [row for row in read_conversations(args.conversations, tasks, personas)
+                     if tasks[row["task_id"]]["split"] == args.split and "refused" not in row]
+    common = {"variant": args.variant, "iteration": args.iteration, "condition": "", "split": args.split,
+              "roleplayer": roleplayer_label(args.conversations, None)}
+    rows = [{**common, "metric": metric, "title": TITLES[metric], **summary(pairs, share=True)}
+            for metric, pairs in measure(conversations, personas).items() if pairs]
+    write_results(args.results, rows)
+    print(f"{args.results}: {len(rows)} means, from {len(conversations)} conversations of "
+          f"{len(set(map(pair_of, conversations)))} pairs")
+
+
+if __name__ == "__main__":
+    run(main)
