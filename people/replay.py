@@ -37,7 +37,7 @@ def expected(gains, scores):
 def mean(values):
     """ "11.90 (11.50 to 12.30)" of {(task, person): value}; evaluate.py clusters by both, and a person has one task."""
     middle, _, interval, _ = summary(values).values()
-    return "{:.2f} ({:.2f} to {:.2f})".format(*np.array([middle, *(interval or [None] * 2)], float)).rjust(25)
+    return " {:>24}".format("{:.2f} ({:.2f} to {:.2f})".format(*np.array([middle, *(interval or [None] * 2)], float)))
 
 
 def main():

@@ -14,8 +14,9 @@ import pytest
 from conftest import ROOT
 
 STAGES = ["generate_personas", "gold", "simulate", "select", "train", "evaluate"]
-SCRIPTS = [f"{name}.py" for name in (*STAGES, *"report/report report/cost people/server people/talk people/measure toy/world "
-                                     "toy/server toy/pretrain toy/measure toy/permute toy/check".split())]
+SCRIPTS = [f"{name}.py" for name in (*STAGES, *"report/report report/cost people/server people/talk people/measure "
+                                     "people/replay data/in3 data/qulac toy/world toy/server toy/pretrain toy/measure "
+                                     "toy/permute toy/check".split())]
 PAGES = ["README.md", *(f"docs/{page.name}" for page in sorted((ROOT / "docs").glob("*.md")))]
 SOURCES = "".join((ROOT / file).read_text() for file in (*SCRIPTS, "common.py"))
 LOOP = ["run.sh", *(f"settings/{file.name}" for file in sorted((ROOT / "settings").glob("*.sh")))]

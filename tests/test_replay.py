@@ -12,9 +12,11 @@ from conftest import ROOT, load_stage, read_lines
 from people import replay
 from simulate import questioner_chat
 
-# (request, need, question, answer): both requests have needs 1 and 2. A hash makes 1 a test task.
+# (request, need, question, answer): both requests have needs 1 and 2; need 3 answers as need 1 does. A hash makes
+# request 1 a test task, and 4 not.
 LOG = [(1, 1, "", ""), (1, 1, "Old ones?", "Yes, of 1900."), (1, 1, "A map?", "No, \\'photos\\'."),
        (1, 1, "Old ones?", "As I said."), (1, 2, "Old ones?", "No."), (1, 2, "A map?", "Yes, of the hills."),
+       (1, 3, "A map?", "No, \\'photos\\'."),
        (4, 1, "For a child?", "No."), (4, 1, "Used?", ""), (4, 2, "For a child?", "Yes."), (4, 2, "Used?", "No.")]
 TASK, NEED = {1: "tea houses", 4: "bikes"}, 'Need {} of "{}".'.format
 SAID = {(t, n, q): a.replace("\\", "") for t, n, q, a in LOG[::-1] if q and a}              # the first answer stands
@@ -28,7 +30,7 @@ def folder(tmp_path, run, monkeypatch):
     names = "topic_id", "facet_id", "topic", "facet_desc", "question", "answer"
     (tmp_path / "good").write_text(json.dumps({name: dict(enumerate(of)) for name, of in zip(names, zip(*rows))}))
     out, _ = run(load_stage("qulac"), tmp_path / "good", "--output", tmp_path / "q")
-    assert "q: 2 tasks, 4 needs, 7 conversations; left out: 2 empty questions or answers, 1 questions that" in out
+    assert "q: 2 tasks, 5 needs, 8 conversations; left out: 2 empty questions or answers, 1 questions that" in out
     for text, why in ('{"topic": {"0": "a"}}', "bad: not Qulac's table (KeyError"), ('{"topic": {}}', "bad: no rows."):
         (tmp_path / "bad").write_text(text)
         assert why in run(load_stage("qulac"), tmp_path / "bad", "--output", tmp_path / "q", status=2)[1]
@@ -39,14 +41,15 @@ def test_qulac_becomes_our_rows(folder):
     tasks, people = common.read_tasks(folder / "tasks.jsonl"), common.read_personas(folder / "personas.jsonl")
     assert [(row["task"], row["split"]) for row in tasks.values()] == [("tea houses", "test"), ("bikes", "A")]
     assert [(i[5:], row["task_id"][5:], row["split"], row["persona"]) for i, row in people.items()] == [
-        (f"00{t}-{n}", f"00{t}", {1: "test", 4: "A"}[t], NEED(n, TASK[t])) for t in TASK for n in (1, 2)]
+        (f"00{t}-{n}", f"00{t}", {1: "test", 4: "A"}[t], NEED(n, TASK[t]))
+        for t, n in ((1, 1), (1, 2), (1, 3), (4, 1), (4, 2))]
     assert common.read_gold(folder / "gold.jsonl") == {(row["task_id"], i): row["persona"] for i, row in people.items()}
     test, train = (common.read_conversations(folder / f"conversations-{s}.jsonl", tasks, people) for s in ("test", "A"))
     assert [(row["persona_id"][5:], row["split"], row["sample"]) for row in test + train] == [
         ("001-1", "test", 0), ("001-1", "test", 1), ("001-2", "test", 0), ("001-2", "test", 1),
-        ("004-1", "A", 0), ("004-2", "A", 0), ("004-2", "A", 1)]
+        ("001-3", "test", 0), ("004-1", "A", 0), ("004-2", "A", 0), ("004-2", "A", 1)]
     talks = [[turn["content"] for turn in row["conversation"]] for row in test + train]
-    assert talks == [[q, a.replace("\\", "")] for _, _, q, a in (LOG[i] for i in (1, 2, 4, 5, 6, 8, 9))]
+    assert talks == [[q, a.replace("\\", "")] for _, _, q, a in (LOG[i] for i in (1, 2, 4, 5, 6, 7, 9, 10))]
 
 
 def log_p_of(path):
@@ -79,29 +82,30 @@ def test_the_figures_are_those_of_a_plain_forward(folder, run, tiny, tmp_path, m
         about, gold = f"My name is User.\n\n{TASK[t]}", NEED(n, TASK[t])
         return log_p(about, q, f"{a}\n\n{TASK[t]}", gold)[0] - log_p(about, gold)[0]
     own = {key: gain(*key, a) for key, a in SAID.items()}
-    other = {(t, n, q): gain(t, n, q, SAID[t, 3 - n, q]) for t, n, q in SAID if (t, 3 - n, q) in SAID}
+    rest = {key: [k for k in SAID if (k[0], k[2]) == (key[0], key[2]) and k != key] for key in SAID}
+    other = {key: gain(*key, next(SAID[k] for k in rest[key] if SAID[k] != SAID[key])) for key in SAID if rest[key]}
     above = {key: own[key] > other[key] for key in other}
     people = {person: [key for key in own if key[:2] == person] for person in sorted({key[:2] for key in own})}
     both = {person: [key for key in keys if key in other] for person, keys in people.items()}
     means = [np.mean([np.mean([v[key] for key in keys]) for keys in both.values()]) for v in (own, other, above)]
-    assert found[tiny[-20:]][::3] == pytest.approx([*means, 4], abs=0.006) and 0 < means[2] < 1
+    assert found[tiny[-20:]][::3] == pytest.approx([*means, 5], abs=0.006) and means[2] not in (0, 0.5, 1)
 
     asked = {(t, n, q): log_p(questioner_chat("User", TASK[t], [])[0]["content"], q) for t, n, q in own}
     weights = {"chance": lambda k: 1, f"{tiny[-11:]} by total": lambda k: np.exp(asked[k][0]),
                f"{tiny[-11:]} by token": lambda k: np.exp(asked[k][0] / asked[k][1]),
                f"{tiny[-11:]} by word": lambda k: np.exp(asked[k][0] / len(k[2].split())),
-               "ceiling": lambda k: k == max(both[k[:2]], key=lambda key: own[key[0], 3 - key[1], key[2]]),
+               "ceiling": lambda k: k == max(both[k[:2]], key=lambda key: np.mean([own[i] for i in rest[key]])),
                "maximum": lambda k: k == max(people[k[:2]], key=own.get)}
     for name, weight in weights.items():
         v, chance = np.array([(np.average([own[k] for k in keys], weights=[*map(weight, keys)]), np.mean(
             [own[k] for k in keys])) for keys in people.values()]).T
-        d = v - v.mean()
-        sem = max(2 * ((d[0] + d[1]) ** 2 + (d[2] + d[3]) ** 2), 4 / 3 * d @ d) ** 0.5 / 4  # two tasks, two needs each
+        d = v - v.mean()                                        # of 3 + 2 needs, clustered by task
+        sem = max(2 * (d[:3].sum() ** 2 + d[3:].sum() ** 2), 5 / 4 * d @ d) ** 0.5 / 5
         numbers = [v.mean(), v.mean() - 12.7062 * sem, v.mean() + 12.7062 * sem, (v - chance).mean()]
         assert found[name][:4] == pytest.approx(numbers, abs=0.011), name
 
     kinds = sorted(row["of"] for row in read_lines(tmp_path / "o"))
-    assert kinds == ["none"] * 4 + ["other"] * 6 + ["own"] * 7 + ["question"] * 4
+    assert kinds == ["none"] * 5 + ["other"] * 7 + ["own"] * 8 + ["question"] * 4
     monkeypatch.setattr("common.open_model", None)              # all is there: nothing is scored again
     assert figures(run(replay, *flags, "--base", tiny)[0]) == found
     assert "nan" in run(replay, *flags, "--base", tiny, "--limit", 1)[0], "one task has no interval"
