@@ -48,11 +48,11 @@ def main():
     parser.add_argument("--gold", default="runs/gold.jsonl", help="gold responses (JSONL)")
     parser.add_argument("--conversations", required=True, help="the log (JSONL): of each the first question and answer")
     add_model_flags(parser, batch_size=16)
-    args, processes = parser.parse_args(), start_processes()
+    args = parser.parse_args()
     tasks, personas = read_tasks(args.tasks, args.tasks_per_split), read_personas(args.personas)
     rows = [row for row in read_conversations(args.conversations, tasks, personas) if "refused" not in row]
     golds, prompts = read_gold(args.gold, map(pair_of, rows)), read_prompts(*FORM, "elicitation", folder=args.prompts)
-    kept = sample_pairs([(row["task_id"],) for row in rows], args.limit, args.seed)
+    kept, processes = sample_pairs([(row["task_id"],) for row in rows], args.limit, args.seed), start_processes()
     own = {(*pair_of(row), row["conversation"][0]["content"]): row["conversation"][:2] for row in rows
            if (row["task_id"],) in kept and golds[pair_of(row)]}                    # {(task, person, question): talk}
     other = {(t, p, q): found[seed_for(args.seed, t, p, q) % len(found)] for (t, p, q), talk in own.items()
@@ -83,8 +83,8 @@ def main():
     for spec in args.questioner:
         rows = score(spec, asked)
         for i, by in enumerate(("total", "token", "word")):
-            scores[f"{spec[-11:]} by {by}"] = {(t, p, q): row["log_prob"] / (1, row["tokens"], len(q.split()))[i]
-                                               for t, p, q in own for row in [rows[t, "", q, "question"]]}
+            scores[f"{spec} by {by}"] = {(t, p, q): row["log_prob"] / (1, row["tokens"], len(q.split()))[i]
+                                         for t, p, q in own for row in [rows[t, "", q, "question"]]}
     scores["ceiling"] = {(t, p, q): 1e9 * np.mean(found) for t, p, q in own if (                    # 1e9: p is 1
         found := [gain[t, o, q] for o in personas if o != p and (t, o, q) in gain])}                # for the best
     scores["maximum"] = {key: 1e9 * gain[key] for key in own}
@@ -92,7 +92,7 @@ def main():
     for name, choice in scores.items():
         value = expected(gain, choice)
         more = {person: value[person] - chance[person] for person in value}
-        say(processes, f"{name:20}{mean(value)}{mean(more)}{len(value):5}")
+        say(processes, f"{name[-20:]:20}{mean(value)}{mean(more)}{len(value):5}")
     say(processes, "", __doc__.split("\n\n")[1])
 
 

@@ -91,9 +91,9 @@ def test_the_figures_are_those_of_a_plain_forward(folder, run, tiny, tmp_path, m
     assert found[tiny[-20:]][::3] == pytest.approx([*means, 5], abs=0.006) and means[2] not in (0, 0.5, 1)
 
     asked = {(t, n, q): log_p(questioner_chat("User", TASK[t], [])[0]["content"], q) for t, n, q in own}
-    weights = {"chance": lambda k: 1, f"{tiny[-11:]} by total": lambda k: np.exp(asked[k][0]),
-               f"{tiny[-11:]} by token": lambda k: np.exp(asked[k][0] / asked[k][1]),
-               f"{tiny[-11:]} by word": lambda k: np.exp(asked[k][0] / len(k[2].split())),
+    weights = {"chance": lambda k: 1, f"{tiny} by total": lambda k: np.exp(asked[k][0]),
+               f"{tiny} by token": lambda k: np.exp(asked[k][0] / asked[k][1]),
+               f"{tiny} by word": lambda k: np.exp(asked[k][0] / len(k[2].split())),
                "ceiling": lambda k: k == max(both[k[:2]], key=lambda key: np.mean([own[i] for i in rest[key]])),
                "maximum": lambda k: k == max(people[k[:2]], key=own.get)}
     for name, weight in weights.items():
@@ -102,7 +102,7 @@ def test_the_figures_are_those_of_a_plain_forward(folder, run, tiny, tmp_path, m
         d = v - v.mean()                                        # of 3 + 2 needs, clustered by task
         sem = max(2 * (d[:3].sum() ** 2 + d[3:].sum() ** 2), 5 / 4 * d @ d) ** 0.5 / 5
         numbers = [v.mean(), v.mean() - 12.7062 * sem, v.mean() + 12.7062 * sem, (v - chance).mean()]
-        assert found[name][:4] == pytest.approx(numbers, abs=0.011), name
+        assert found[name[-20:]][:4] == pytest.approx(numbers, abs=0.011), name
 
     kinds = sorted(row["of"] for row in read_lines(tmp_path / "o"))
     assert kinds == ["none"] * 5 + ["other"] * 7 + ["own"] * 8 + ["question"] * 4
