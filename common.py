@@ -593,9 +593,10 @@ class LocalModel:
             logits = self.model(ids, attention_mask=mask, position_ids=positions(mask), use_cache=False,
                                 logits_to_keep=keep + 1).logits[:, -keep - 1:-1].float()              # (B, keep, V)
             # (B, keep): log p(g_t | context, g_<t); columns left of a row's own n tokens belong to its context
-            log_p = -torch.nn.functional.cross_entropy(logits.transpose(1, 2), ids[:, -keep:], reduction="none")
+            golds = ids[:, -keep:]
+            log_p = -torch.nn.functional.cross_entropy(logits.flatten(0, 1), golds.flatten(), reduction="none")
             own = torch.arange(keep, 0, -1, device=ids.device) <= n[:, None]
-            yield from zip(batch, torch.where(own, log_p.double(), 0.0).sum(1).tolist())
+            yield from zip(batch, torch.where(own, log_p.view_as(golds).double(), 0.0).sum(1).tolist())
 
 
 def positions(mask):

