@@ -146,8 +146,7 @@ def sample_pairs(pairs, limit, seed):
 
 # ---------------------------------------------------------------- settings: what an output was made with
 
-# Flags that change no row, but where it goes, how many there are and how fast they come. (What counts of --prompts is
-# their texts.) All other flags are settings; so is a flag that a fork adds.
+# Flags that change no row (of --prompts the texts count). All others are settings; so is a flag that a fork adds.
 NEUTRAL = {"output", "results", "limit", "metrics", "batch_size", "concurrency", "timeout", "max_refused", "prompts",
            "scores"}
 
@@ -465,8 +464,10 @@ class ServerModel:
             return None if self.failure else self._reply(self.client.chat.completions.create(
                 model=self.name, messages=chat, extra_body={k: v for k, v in more.items() if v is not None}))
         except OpenAIError as error:
-            if getattr(error, "code", None) in ("content_filter", "invalid_prompt"):       # Azure's and OpenAI's
-                return Reply("", f"{error.code} (prompt)")
+            why = {getattr(error, "code", None), getattr(error, "type", None)} & {     # Azure's, OpenAI's, llama.cpp's
+                "content_filter", "invalid_prompt", "context_length_exceeded", "exceed_context_size_error"}
+            if why:
+                return Reply("", f"{why.pop()} (prompt)")
             away = isinstance(error, (APIConnectionError, InternalServerError, RateLimitError))
             said = f"{error.status_code} {error.response.text}" if isinstance(error, APIStatusError) else error
             self.failure = (ConnectionError if away else OSError)(self._mask(
@@ -556,8 +557,7 @@ class LocalModel:
         import torch
         cache, ids, mask = self._prefill(prompts, groups)
         draws, said, rows = torch.tensor(draws, device=ids.device), [[] for _ in prompts], list(range(len(prompts)))
-        bar = tqdm(range(draws.shape[1]), "tokens", delay=10, leave=False, disable=bool(ids.device.index))
-        for t in bar:                                                                       # rows: those that go on
+        for t in tqdm(range(draws.shape[1]), "tokens", delay=10, leave=False, disable=bool(ids.device.index)):
             logits = self.model(ids, attention_mask=mask, position_ids=positions(mask)[:, -ids.shape[1]:],
                                 cache=cache, logits_to_keep=1).logits[:, -1]                # (B, V)
             tokens = next_tokens(logits, draws[rows, t], temperature, top_p)                # (B,)

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # STaR-GATE, from nothing to the tables: Algorithm 1 as a loop over the stages.
 #   bash run.sh           three iterations and the ablations in the embedded world: two CPU cores, no key, no GPU
-#   bash run.sh smoke     every step once: one iteration, two minutes
+#   bash run.sh smoke     every step once: one iteration, three minutes
 #   bash run.sh laptop    a pretrained Questioner of 135M, a user by rule: two CPU cores, no key (docs/laptop.md)
 #   bash run.sh paper     the published settings; needs ORACLE and ROLEPLAYER, as `small` does, for one card of 24 GB
 # Each command is printed before it runs. It can be copied and run alone. A run that was interrupted goes on where it

