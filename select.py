@@ -85,7 +85,7 @@ def main():
     path = args.scores or args.output.removesuffix(".jsonl") + ".scores.jsonl"
     scores = Rows(args, path, SAMPLE, processes, NOT_OF_SCORES, **prompts)
     output = Rows(args, args.output, SAMPLE, processes, **prompts)
-    # Training leaves it out, so that part of the gain is this prompt, distilled.
+    # Training leaves this prompt out, so that a part of the gain is its effect, distilled.
     prompt = args.response_prompt and read_text(args.response_prompt).strip()
 
     def form(row, prompt=None):

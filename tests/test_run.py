@@ -91,6 +91,8 @@ def test_the_controls_select_in_another_way():
         assert [(flags.get("--pick"), *flags["--gold"]) for flags in selections] == [
             (["random"] if control == "random" else None, f"r/{golds}-{split}.jsonl") for split in "AB"]
         assert selections[0]["--conversations"] == ["r/base/conversations.jsonl"]
+        assert [flags["--scores"] for flags in selections] == [
+            [f"r/base/scores-{golds}.jsonl"], [f"r/{control}/2/scores-{golds}.jsonl"]], "main's, where there is one"
         assert [flags["--selected"] for flags in of(commands, "train.py", f"r/{control}/")] == [
             flags["--output"] for flags in selections]
         assert all(flags["--target"] == ["response"] for flags in of(commands, "train.py", f"r/{control}/"))
@@ -172,6 +174,19 @@ def test_data_of_ones_own():
     assert first(own[0][1], "examples", "splits") == ("e.jsonl", "A=2,test=3")
     assert {flags["--tasks-per-split"][0] for flags in of(own, "simulate.py")} == {"7"}
     assert [flags["--split"] for flags in of(printed("toy", SPLIT="dev"), "gold.py")] == [["A"], ["B"], ["dev"]]
+
+
+def test_a_laptop():
+    """No judge, no Oracle: golds and users come from one file, and what was told is measured after each evaluation."""
+    commands = printed("laptop", BASE="m", PROMPTS="p")
+    assert [name for name, _ in commands[:3]] == ["data/in3.py", "simulate.py", "evaluate.py"]
+    assert {flags["--output"][0] for _, flags in commands[:1]} == {"r/data"}
+    for flag, value in (("--gold", "r/data/gold.jsonl"), ("--tasks", "r/data/tasks.jsonl"), ("--prompts", "p")):
+        used = [flags[flag] for name, flags in commands if flag in flags and name != "toy/permute.py"]
+        assert {value} == {word for words in used for word in words} - {"r/permuted-A.jsonl"}, flag
+    assert all(flags["--metrics"] == ["log_prob"] and "--judge" not in flags for flags in of(commands, "evaluate.py"))
+    assert [first(flags, "variant", "iteration", "conversations") for flags in of(commands, "people/measure.py")] == [
+        first(flags, "variant", "iteration", "conversations") for flags in of(commands, "evaluate.py")]
 
 
 def test_several_users():
