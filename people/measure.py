@@ -21,7 +21,7 @@ from collections import Counter
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the stages; first, since PyPI has an "evaluate", too
-from common import pair_of, read_conversations, read_personas, read_tasks, run  # noqa: E402
+from common import pair_of, read_conversations, read_rows, read_tasks, run  # noqa: E402
 from evaluate import by_pair, roleplayer_label, summary, write_results  # noqa: E402
 
 TITLES = {"coverage": "Importance of what the user told, of what so many questions could bring (share)",
@@ -69,7 +69,8 @@ def main():
     parser.add_argument("--personas", required=True, help="personas (JSONL) of data/in3.py")
     parser.add_argument("--results", required=True, help="gets a row for each metric; a rerun replaces it")
     args = parser.parse_args()
-    tasks, personas = read_tasks(args.tasks), read_personas(args.personas)
+    tasks, known = read_tasks(args.tasks), {"persona": str, "importance": list}
+    personas = {row["persona_id"]: row for row in read_rows(args.personas, {"persona_id": str}, known)}
     conversations = [row for row in read_conversations(args.conversations, tasks, personas)
                      if tasks[row["task_id"]]["split"] == args.split and "refused" not in row]
     common = {"variant": args.variant, "iteration": args.iteration, "condition": "", "split": args.split,

@@ -71,9 +71,11 @@ class Nearest(Server):
     def reply(self, request):
         """A chat completion request (parsed JSON) -> the answer. Its last message is the Roleplayer's prompt."""
         model_and_seed(request)
-        fields = as_pattern(self.args.roleplayer_user).search(request["messages"][-1]["content"] + "\n")
-        if not fields:
-            raise Refused("not the Roleplayer's prompt. Give simulate.py and this server the same --prompts")
+        match request.get("messages"):
+            case [*_, {"content": str(text)}] if fields := as_pattern(self.args.roleplayer_user).search(text + "\n"):
+                pass
+            case _:
+                raise Refused("not the Roleplayer's prompt. Give simulate.py and this server the same --prompts")
         return answer(**fields.groupdict(), cosine=self.args.embedder.cosine, near=self.args.near,
                       restated=self.args.restated)
 

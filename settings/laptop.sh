@@ -1,5 +1,5 @@
 # A pretrained Questioner on two CPU cores, without key, GPU or judge: docs/laptop.md says what came out.
-default VARIANTS="main random permuted no_reg" ITERATIONS=1 SAMPLES=6 TEST_SAMPLES=2 TRAIN_PAIRS=48 EPOCHS=3 \
+default VARIANTS="main random permuted no_reg" ITERATIONS=1 SAMPLES=10 TEST_SAMPLES=2 TRAIN_PAIRS=48 EPOCHS=3 \
     BASE=HuggingFaceTB/SmolLM2-135M-Instruct EMBEDDER=sentence-transformers/all-MiniLM-L6-v2 \
     DETAILS=data/details.jsonl LAUNCH=python
 JUDGE='' ORACLE=rule MEASURE=people/measure.py

@@ -92,8 +92,9 @@ def test_server(monkeypatch):
     for messages in (chat, common.fold_system(chat)):
         request = {"model": "nearest", "messages": messages}
         assert nearest.Nearest.reply(nearest.Nearest, request) == "Budget for plants: low"
-    with pytest.raises(nearest.Refused, match="Roleplayer's prompt"):
-        nearest.Nearest.reply(nearest.Nearest, {"model": "nearest", "messages": [{"role": "user", "content": "Hi"}]})
+    for messages in ([{"role": "user", "content": "Hi"}], [{"role": "user", "content": None}], [], None, "Hi"):
+        with pytest.raises(nearest.Refused, match="Roleplayer's prompt"):
+            nearest.Nearest.reply(nearest.Nearest, {"model": "nearest", "messages": messages})
 
 
 def test_measures():
