@@ -29,16 +29,21 @@ PICTURES = {
                   lambda row: row["first_user"] and row["variant"] == "main", lambda row: CONDITIONS[row["condition"]]),
     "coverage": ("coverage", "What the user told, of what matters for the task (share)",
                  lambda row: row["first_user"], lambda row: row["variant"]),
+    "gains": ("gold_log_prob_gain", "Gain in log-probability of the gold over Q_BASE (nats)",
+              lambda row: row["first_user"] and (row["condition"], row["variant"]) in (
+                  ("q_random", "main"), ("q_experimental", row["variant"])),
+              lambda row: row["variant"] + ", another user's" * (row["condition"] == "q_random")),
     "variants": ("gold_log_prob", "Log-probability of the gold after the own conversation (nats)",
                  lambda row: row["first_user"] and row["condition"] == "q_experimental",
                  lambda row: row["variant"])}
+FROM = {"win_rate": 0.5, "gold_log_prob_gain": 0}               # where Q_BASE, compared with itself, stands
 STYLES = list(zip("#000000 #D55E00 #0072B2 #009E73 #CC79A7 #E69F00 #56B4E9".split(), "osD^vPX",
                   ("-", "--", "-.", ":", "-", "--", "-.")))
 
 
 def lines_of(results, name, user):
     """{line: [row of results.jsonl, in order of t]} of a picture; user: the one of training. A win rate begins at one
-    half, every other variant's log-probability at Q_BASE's."""
+    half, a gain at 0, every other variant's log-probability at Q_BASE's."""
     metric, _, drawn, line = PICTURES[name]
     several = len({row["roleplayer"] for row in results}) > 1
     rows = [{**row, "first_user": row["roleplayer"] == user, "several_users": several}
@@ -50,7 +55,7 @@ def lines_of(results, name, user):
     lines = defaultdict(list)
     for row in sorted(filter(drawn, rows), key=order):
         lines[line(row)].append(row)
-    start = {"mean": 0.5, "iteration": 0} if metric == "win_rate" else lines.get("main", [{}])[0]
+    start = {"mean": FROM[metric], "iteration": 0} if metric in FROM else lines.get("main", [{}])[0]
     return {name: of if of[0]["iteration"] == 0 or not start else [start, *of] for name, of in lines.items()}
 
 
@@ -104,7 +109,7 @@ def draw(folder, results, run, user, published=()):
             figure, axes = pyplot.subplots(len(panels), figsize=(5.5, 4 * len(panels)), squeeze=False,
                                            layout="constrained")
             for ax, (where, lines) in zip(axes[:, 0], panels.items()):
-                panel(ax, lines, styles, 0.5 if metric == "win_rate" else None)
+                panel(ax, lines, styles, FROM.get(metric))
                 ax.set_title(where if published else "", fontsize=10)
             save(figure, axes[:, 0], name, title, loc="upper center", bbox_to_anchor=(0.5, -0.1), ncols=3)
     if curves := training_curves(run):

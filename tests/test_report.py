@@ -290,6 +290,10 @@ def test_what_is_drawn_is_what_was_measured(folder):
         "main": [-12.5, -11.5], "no_reg": [-12.5, -11.0]}
     assert [row["mean"] for row in pictures.lines_of(rows, "win_rates", "user")["main"]] == [0.5, 0.6]
     assert pictures.lines_of(rows, "users", "user") == {}, "there is one user"
+    gains = [{**rows[0], "metric": "gold_log_prob_gain", "iteration": 1, "condition": condition, "mean": mean}
+             for condition, mean in (("q_experimental", 1.0), ("q_random", -0.5))]
+    assert {line: [row["mean"] for row in of] for line, of in pictures.lines_of(gains, "gains", "user").items()} == {
+        "main": [0, 1.0], "main, another user's": [0, -0.5]}, "from 0"
     figure, axes = pictures.pyplot.subplots()
     pictures.panel(axes, lines, dict(zip(lines, pictures.STYLES)))
     main, no_reg = (container.lines for container in axes.containers)
