@@ -23,43 +23,48 @@ from common import fail, number, run, seed_for, write_whole  # noqa: E402
 NAMES = ("Sam", "Kim", "Alex")
 
 
+def one_line(text):
+    """A text without line feeds, since a line of a persona is one detail. Half of a character is an error."""
+    return " ".join(text.encode().decode().split())
+
+
 def read_details(path):
-    """Yields (row, its details that have options), or ends the program with one line."""
+    """Yields (task, row, [(description, importance, options)], how many had no options); ends at the first bad line."""
     for place, line in enumerate(open(path, "rb"), 1):
         try:
             row = json.loads(line)
-            details = [{**detail, "importance": int(detail["importance"])}
-                       for detail in row["missing_details"] if detail["options"]] if row["vague"] else []
-            for text in (row["task"], *(part for d in details for part in (d["description"], *d["options"]))):
-                text.strip()
-            yield row, details
+            details = [(one_line(d["description"]), ("1", "2", "3").index(str(d["importance"])) + 1,
+                        [option for option in map(one_line, [*d["options"]]) if option])
+                       for d in (row["missing_details"] if row["vague"] else ())]
+            known = [detail for detail in details if detail[2]]
+            yield one_line(row["task"]), row, known, len(details) - len(known)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             fail(f"{path}, line {place}: {type(error).__name__}: {error}. A line of IN3 has task, vague, "
-                 "missing_details; each of these has description, importance, options.")
+                 "missing_details; each of these has description, importance (1 to 3), options.")
 
 
 def make(path, split, users, seed):
-    """-> tasks, personas, golds (lists of rows), and how many vague tasks had no detail with options."""
-    tasks, personas, golds, empty = [], [], [], 0
-    for place, (row, details) in enumerate(read_details(path), 1):
+    """-> tasks, personas, golds (lists of rows); the vague tasks and the details that were left out: no options."""
+    tasks, personas, golds, empty, without = [], [], [], 0, 0
+    for place, (task, row, details, dropped) in enumerate(read_details(path), 1):
+        without += dropped
         if row["vague"] and not details:
             empty += 1
             continue
         here = "clear" if not row["vague"] else split or row.get("split") or fail(
             f"{path}, line {place}: no split. Give --split, such as --split test.")
         task_id = row.get("task_id") or f"{Path(path).stem}-{place:04d}"
-        tasks.append({"task_id": task_id, "split": here, "task": row["task"].strip()})
+        tasks.append({"task_id": task_id, "split": here, "task": task})
         for user in range(users if details else 1):
-            chosen = [d["options"][(seed_for(seed, task_id, d["description"]) + user) % len(d["options"])].strip()
-                      for d in details]
-            lines = [f"{d['description'].strip()}: {option}" for d, option in zip(details, chosen)]
+            lines = [f"{about}: {options[(seed_for(seed, task_id, about) + user) % len(options)]}"
+                     for about, _, options in details]
             person = {"persona_id": f"{task_id}-u{user}", "split": here}
             personas.append({**person, "name": NAMES[user], "persona": "\n".join(lines) or "I have no preferences.",
-                             "task_id": task_id, "importance": [d["importance"] for d in details]})
+                             "task_id": task_id, "importance": [importance for _, importance, _ in details]})
             if details:
                 golds.append({"task_id": task_id, **person, "gold": " ".join(
                     ["Here is what suits you.", *(f"{line}." for line in lines)])})
-    return tasks, personas, golds, empty
+    return tasks, personas, golds, empty, without
 
 
 def main():
@@ -70,11 +75,12 @@ def main():
     parser.add_argument("--users", type=number(int, 1, len(NAMES)), default=2, help="of each task")
     parser.add_argument("--seed", type=number(int, 0), default=42, help="of the options")
     args = parser.parse_args()
-    *files, empty = make(args.file, args.split, args.users, args.seed)
+    *files, empty, without = make(args.file, args.split, args.users, args.seed)
     args.output.mkdir(parents=True, exist_ok=True)
     for name, rows in zip(("tasks", "personas", "gold"), files):
         write_whole(args.output / f"{name}.jsonl", "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in rows))
-    print(f"{args.output}: {len(files[0])} tasks, {len(files[1])} users; left out: {empty} vague tasks without options")
+    print(f"{args.output}: {len(files[0])} tasks, {len(files[1])} users; left out: {empty} vague tasks "
+          f"and {without} details without options")
 
 
 if __name__ == "__main__":

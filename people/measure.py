@@ -2,12 +2,13 @@
 
     coverage          importance of the persona's lines that the user said, over the most that so many questions could
                       bring
-    answered          share of the questions to which the user said a line
-    questions         share of the Questioner's replies that are a question, that is, have a question mark
-    cut               share of the replies that ran into --max-tokens (of conversations: with such a reply)
+    answered          share of the Questioner's replies to which the user said a line
+    questions         share of the replies that are a question, that is, have a question mark
+    cut               share of the conversations with a reply that ran into --max-tokens
     asked_once        share of the replies that occur once in the file, whatever their case and marks
 
-It reads conversations (simulate.py), and adds a row for each metric to the results file:
+It reads conversations of simulate.py with people/nearest.py, which says a line word for word or not at all. It adds a
+row for each metric to the results file:
 
     python people/measure.py --variant main --iteration 1 --conversations runs/laptop/main/1/test.jsonl \\
         --tasks runs/laptop/data/tasks.jsonl --personas runs/laptop/data/personas.jsonl --results runs/results.jsonl
@@ -21,14 +22,14 @@ from collections import Counter
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the stages; first, since PyPI has an "evaluate", too
-from common import pair_of, read_conversations, read_rows, read_tasks, run  # noqa: E402
+from common import fail, pair_of, read_conversations, read_rows, read_tasks, run  # noqa: E402
 from evaluate import by_pair, roleplayer_label, summary, write_results  # noqa: E402
 
 TITLES = {"coverage": "Importance of what the user told, of what so many questions could bring (share)",
-          "answered": "Questions that the user could answer (share)",
+          "answered": "Replies to which the user said a line (share)",
           "questions": "Replies that are questions (share)",
           "cut": "Conversations with a reply that was cut (share)",
-          "asked_once": "Replies that nobody else was given (share)"}
+          "asked_once": "Replies that occur once (share)"}
 
 
 def words(text):
@@ -63,6 +64,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--variant", default="main", help="main, no_reg, random, or a name of yours")
     parser.add_argument("--iteration", type=int, required=True, help="t; 0 is Q_BASE")
+    parser.add_argument("--roleplayer", metavar="NAME", help="label; default: as --conversations' settings say")
     parser.add_argument("--split", default="test", help="of the tasks and personas")
     parser.add_argument("--conversations", required=True, help="Q_t's conversations on the split (JSONL)")
     parser.add_argument("--tasks", required=True, help="tasks (JSONL)")
@@ -72,9 +74,10 @@ def main():
     tasks, known = read_tasks(args.tasks), {"persona": str, "importance": list}
     personas = {row["persona_id"]: row for row in read_rows(args.personas, {"persona_id": str}, known)}
     conversations = [row for row in read_conversations(args.conversations, tasks, personas)
-                     if tasks[row["task_id"]]["split"] == args.split and "refused" not in row]
+                     if tasks[row["task_id"]]["split"] == args.split and "refused" not in row] or fail(
+                         f"{args.conversations}: none on --split {args.split}. Name the split that was simulated.")
     common = {"variant": args.variant, "iteration": args.iteration, "condition": "", "split": args.split,
-              "roleplayer": roleplayer_label(args.conversations, None)}
+              "roleplayer": roleplayer_label(args.conversations, args.roleplayer)}
     rows = [{**common, "metric": metric, "title": TITLES[metric], **summary(pairs, share=True)}
             for metric, pairs in measure(conversations, personas).items() if pairs]
     write_results(args.results, rows)

@@ -29,9 +29,9 @@ NOTHING = "I have no preference about that."
 
 
 def lines_of(persona):
-    """What a user can say: the lines of a persona, or the sentences of a single line."""
+    """What a user can say: the lines of a persona, as data/in3.py writes them, or the sentences of a text."""
     lines = [line.strip() for line in persona.splitlines() if line.strip()]
-    return lines if len(lines) > 1 else re.split(r"(?<=[.!?])\s+", persona.strip())
+    return lines if len(lines) > 1 or ": " in persona else re.split(r"(?<=[.!?])\s+", persona.strip())
 
 
 def answer(persona, task, conversation, cosine, near, restated):
@@ -59,7 +59,7 @@ class Embedder:
         import torch
         with self.one_at_a_time, torch.no_grad():
             hidden = self.model(**self.tokenizer(text, truncation=True, return_tensors="pt")).last_hidden_state
-        return torch.nn.functional.normalize(hidden[0].mean(0), dim=0).numpy()
+        return torch.nn.functional.normalize(hidden[0].mean(0), dim=0).float().numpy()
 
     def cosine(self, one, other):
         return float(self.vector(one) @ self.vector(other))
@@ -70,7 +70,8 @@ class Nearest(Server):
 
     def reply(self, request):
         """A chat completion request (parsed JSON) -> the answer. Its last message is the Roleplayer's prompt."""
-        model_and_seed(request)
+        if model_and_seed(request)[0] not in self.models:
+            raise Refused(f"its name is {self.models[0]}, not {request.get('model')!r}")
         match request.get("messages"):
             case [*_, {"content": str(text)}] if fields := as_pattern(self.args.roleplayer_user).search(text + "\n"):
                 pass

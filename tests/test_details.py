@@ -35,7 +35,7 @@ def made(tmp_path):
 
 def test_rows(made):
     folder, said, status = made(ROWS, "--users", "3")
-    assert status == 0 and "3 tasks, 7 users; left out: 1 vague tasks without options" in said
+    assert status == 0 and "3 tasks, 7 users; left out: 1 vague tasks and 3 details without options" in said
     tasks, personas = common.read_tasks(folder / "tasks.jsonl"), common.read_personas(folder / "personas.jsonl")
     assert {task["task"]: task["split"] for task in tasks.values()} == {
         "Plan my garden.": "A", "Plan my trip.": "A", "What is 2 + 2?": "clear"}
@@ -53,6 +53,8 @@ def test_rows(made):
 @pytest.mark.parametrize("row, flags, why", [
     ({"task": "A", "vague": True}, (), "line 2: KeyError: 'missing_details'. A line of IN3 has"),
     ({"task": 3, "vague": False}, (), "line 2: AttributeError"),
+    ({**ROWS[0], "missing_details": [{**DETAILS[0], "importance": 4}]}, (), "line 2: ValueError"),
+    ({**ROWS[0], "missing_details": [{**DETAILS[0], "options": [5]}]}, (), "line 2: AttributeError"),
     ({**ROWS[0], "split": None}, (), "line 2: no split. Give --split")])
 def test_bad_line(made, row, flags, why):
     folder, said, status = made([ROWS[0], row], *flags)
