@@ -23,7 +23,7 @@ LOOP = ["run.sh", *(f"settings/{file.name}" for file in sorted((ROOT / "settings
 TEXTS = [*PAGES, *LOOP, *SCRIPTS]
 FOREIGN = set("""--n --nnodes --index-url --nproc_per_node --config_file --tensor-parallel-size --generation-config
     --device --gpu-memory-utilization --help --always --dirty --num_processes --rdzv_backend --rdzv_endpoint --nodes
-    --ntasks-per-node --gpus-per-node --time""".split())                                # of other programs
+    --ntasks-per-node --gpus-per-node --time --no-deps""".split())                                # of other programs
 Q, PAPER = "mistralai/Mistral-7B-Instruct-v0.2", {              # the published settings
     "generate_personas.py": "splits A=50,B=50,test=10 temperature 1.4 top-p 0.9 max-tokens 400",
     "gold.py": "temperature 0.0 top-p 0.9 max-tokens 300",
@@ -53,7 +53,8 @@ def blocks(name, language=""):
 @pytest.mark.parametrize("name", TEXTS)
 def test_flags_that_are_named_exist(name):
     text = (ROOT / name).read_text()
-    code = [text, *(file.read_text() for file in (ROOT / "benchmarks").glob("*.py"))]            # (a diff adds flags)
+    more = [*(ROOT / "benchmarks").glob("*.py"), ROOT / "people/nearest.py"]
+    code = [text, *(file.read_text() for file in more)]         # (a diff adds flags)
     known = flags(*SCRIPTS).union(re.findall(r'add_argument\("(--[a-z-]+)"', "".join(code)))
     used = re.compile(r"(?<![\w-])--[a-z][a-z_-]*").findall
     assert set(used(text)) <= known | FOREIGN, f"{name} names {set(used(text)) - known - FOREIGN}"
