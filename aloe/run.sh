@@ -67,16 +67,9 @@ default LAUNCH=python
 default LAUNCH_TRAINING="$LAUNCH"
 if [ -n "$toy" ]; then          # its server plays everybody but the model
     stage python aloe/toy/world.py --seed 42 --output "$RUN/seeds"
-    url=http://127.0.0.1:8766/v1
-    if [ -n "$PRINT" ]; then
-        echo "# in another terminal: python aloe/toy/server.py --port 8766"
-    else
-        rm -f "$RUN/server.url"
-        python aloe/toy/server.py --port 0 --port-file "$RUN/server.url" --end-with-parent \
-            ${FAULTS:+--faults "$FAULTS"} & server=$!
-        until [ -s "$RUN/server.url" ]; do kill -0 $server; sleep 0.1; done
-        url=$(cat "$RUN/server.url")
-    fi
+    [ -z "$PRINT" ] || echo "# in another terminal: python aloe/toy/server.py --port 8766"
+    port=8766
+    . toy/serve.sh python aloe/toy/server.py ${FAULTS:+--faults "$FAULTS"}
     WRITER=openai:aloe-writer@$url ROLEPLAYER=openai:aloe-user@$url INDUCER=openai:aloe-inducer@$url
     JUDGE=openai:aloe-judge@$url TEACHER=$BASE
 fi

@@ -2,12 +2,15 @@
 import json
 import random
 import re
+import subprocess
 import sys
 import threading
+import time
 import urllib.error
 import urllib.request
 from collections import Counter
 
+import openai
 import pytest
 
 import common
@@ -334,3 +337,15 @@ def test_base_is_small_and_copies_and_answers():
     assert model.num_parameters() < 1_000_000 and model.config.model_type == "mistral"
     found = pretrain.abilities(model, tokenizer, ("copy_8", "answers"))
     assert len(found) == 3 and all(value >= pretrain.FLOORS[ability] for ability, value in found.items()), found
+
+
+@pytest.mark.parametrize("script", ["toy/server.py", "aloe/toy/server.py"])
+def test_a_server_starts_says_where_it_is_and_ends(script, tmp_path):
+    process = subprocess.Popen([sys.executable, ROOT / script, "--port", "0", "--port-file", tmp_path / "url"])
+    while not (tmp_path / "url").exists():
+        assert process.poll() is None, "it ended before it listened"
+        time.sleep(0.1)
+    client = openai.OpenAI(base_url=(tmp_path / "url").read_text().strip(), api_key="-", max_retries=0)
+    assert len(list(client.models.list())) > 1
+    process.terminate()
+    assert process.wait(timeout=10) == 0

@@ -100,4 +100,4 @@ class Server(toy.Server):
 
 
 if __name__ == "__main__":
-    toy.main(__doc__, Server)
+    toy.main(toy.server_parser(__doc__), Server)
