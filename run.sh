@@ -9,32 +9,13 @@
 #   PRINT=1               prints all commands and runs none; | python report/cost.py --prices IN OUT adds them up
 #   LIMIT=6 ITERATIONS=1  a rehearsal: everything, with six (task, persona) pairs of each split, in a folder of its own
 # settings/MODE.sh says what a mode sets. docs/scale.md lists the variables, such as SEED=1 VARIANTS="main no_reg".
-set -eo pipefail
 cd "$(dirname "$0")"
-trap 'kill $running $server 2> /dev/null || true' EXIT
-trap 'exit 129' HUP; trap 'exit 130' INT; trap 'exit 143' TERM
-refuse() { echo "run.sh: $*" >&2; exit 2; }
-default() {     # NAME=VALUE ...: unless the environment says otherwise
-    local it name
-    for it; do name=${it%%=*}; [ -n "${!name}" ] || printf -v "$name" %s "${it#*=}"; done
-}
-stage() {       # COMMAND ...: printed, run, and run again where a server was away
-    printf '%q ' "$@"; echo
-    export AWAY_FILE=$RUN/away                                  # tells of status 75, of which accelerate makes 1
-    local status waited=0
-    while [ -z "$PRINT" ]; do
-        mkdir -p "$RUN" && rm -f "$AWAY_FILE"
-        "$@" < /dev/null & running=$!                           # in the background, so that a signal ends it at once
-        wait $running && return || status=$?
-        [ -e "$AWAY_FILE" ] && [ $((waited += 5)) -le $((${WAIT_HOURS:-12} * 60)) ] || exit $status
-        echo "run.sh: a server is away; again in 5 minutes" >&2
-        sleep 300 & running=$!; wait $running
-    done
-}
+. settings/stage.sh
 
 # ---------------------------------------------------------------- settings; what is not said is a stage's default
 MODE=${1:-toy} KNOWN="main no_reg gold random permuted hidden base_answers base_questions other_user turns models"
-[[ -e settings/$MODE.sh && " serve gpus " != *" $MODE "* ]] || refuse "no mode $MODE: toy smoke laptop small paper"
+[[ -e settings/$MODE.sh && " gpus serve stage " != *" $MODE "* ]] ||
+    refuse "no mode $MODE: toy smoke laptop small paper"
 for name in $VARIANTS; do [[ " $KNOWN " = *" $name "* ]] || refuse "no variant $name; there are: $KNOWN"; done
 default RUN="runs/$MODE${LIMIT:+-$LIMIT}" SEED=42 SPLIT=test
 . "settings/$MODE.sh"

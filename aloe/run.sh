@@ -12,28 +12,8 @@
 #   TEMPERATURES="0 1" of the evaluated replies; CONVERSATIONS=n to train on; PERSONA_SPLITS=train=3310,dev=100,test=100
 #   RUN=folder SEED= SPLIT=dev ROUNDS= BASE=folder GPUS= LAUNCH= LAUNCH_TRAINING= WAIT_HOURS= EXTRA= SERVE="vllm serve"
 #   PERSONA_FLAGS= SIMULATE_FLAGS= SFT_FLAGS= DPO_FLAGS= EVALUATE_FLAGS= SERVER_FLAGS= FAULTS=JSON (of toy/server.py)
-set -eo pipefail
 cd "$(dirname "$0")/.."
-trap 'kill $running $server 2> /dev/null || true' EXIT
-trap 'exit 129' HUP; trap 'exit 130' INT; trap 'exit 143' TERM
-refuse() { echo "run.sh: $*" >&2; exit 2; }
-default() {     # NAME=VALUE ...: unless the environment says otherwise
-    local it name
-    for it; do name=${it%%=*}; [ -n "${!name}" ] || printf -v "$name" %s "${it#*=}"; done
-}
-stage() {       # COMMAND ...: printed, run, and run again where a server was away
-    printf '%q ' "$@"; echo
-    export AWAY_FILE=$RUN/away                                  # tells of status 75, of which accelerate makes 1
-    local status waited=0
-    while [ -z "$PRINT" ]; do
-        mkdir -p "$RUN" && rm -f "$AWAY_FILE"
-        "$@" < /dev/null & running=$!                           # in the background, so that a signal ends it at once
-        wait $running && return || status=$?
-        [ -e "$AWAY_FILE" ] && [ $((waited += 5)) -le $((${WAIT_HOURS:-12} * 60)) ] || exit $status
-        echo "run.sh: a server is away; again in 5 minutes" >&2
-        sleep 300 & running=$!; wait $running
-    done
-}
+. settings/stage.sh
 
 # ---------------------------------------------------------------- settings; what is not said is a stage's default
 
