@@ -18,7 +18,7 @@ import re
 import sys
 from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from functools import lru_cache, partial
+from functools import lru_cache
 from glob import escape, glob
 from pathlib import Path
 from threading import Lock
@@ -46,16 +46,18 @@ def run(main):
         main()
     except OSError as error:                                    # a server's failure is one, too: ConnectionError
         what = f"{error.filename}: {error.strerror}" if getattr(error, "filename", None) else str(error)
-        fail(f"{' '.join(what.split())[:500]}. Correct that (a missing file is written by an earlier stage) and start "
-             "again with the same flags: what is done is kept.", status=75 if type(error) is ConnectionError else 2)
+        hint = " (an earlier stage writes it)" if isinstance(error, FileNotFoundError) else ""
+        fail(f"{' '.join(what.split())[:500]}. Correct that{hint} and start again with the same flags: what is done is "
+             "kept.", status=75 if type(error) is ConnectionError else 2)
     except KeyboardInterrupt:
         tqdm.write("interrupted. What is done is kept: start again with the same flags.", file=sys.stderr)
         os._exit(130)                                           # Python would wait for all requests that are under way
 
 
 def printable(text):
-    """A text without what would steer a terminal: models and servers wrote it."""
-    return re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ufffe\uffff]", "?", text)
+    """A text without what would steer a terminal, or what it cannot show: models and servers wrote it."""
+    text = re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ufffe\uffff]", "?", text)
+    return text.encode(encoding := sys.stdout.encoding or "utf-8", "replace").decode(encoding)
 
 
 def seed_for(*parts):
@@ -81,7 +83,7 @@ def read_rows(path, key, fields):
         try:
             row = json.loads(line)
             json.dumps(row, ensure_ascii=False, allow_nan=False).encode()          # no NaN, no half of a character
-            for name, kind in (key if "refused" in row else {**key, **fields}).items():
+            for name, kind in (key if row.get("refused") else {**key, **fields}).items():
                 if not isinstance(row[name], kind):
                     raise ValueError(f"{name} is {json.dumps(row[name])[:40]}, not {getattr(kind, '__name__', kind)}")
                 if name == "conversation" and [(turn["role"], type(turn["content"])) for turn in row[name]] != [
@@ -90,7 +92,7 @@ def read_rows(path, key, fields):
             first = seen.setdefault(tuple(row[name] for name in key), number)
             if first != number:
                 raise ValueError(f"the same {', '.join(key)} as on line {first}")
-        except (KeyError, ValueError, TypeError, RecursionError) as error:
+        except (KeyError, ValueError, TypeError, AttributeError, RecursionError) as error:
             why = f"no field {error}" if isinstance(error, KeyError) else error
             fail(f"{path}, line {number}: {why}. Each line is a JSON object; docs/data.md lists its fields.")
         yield row
@@ -112,7 +114,7 @@ def read_personas(path):
 
 def read_gold(path, pairs=()):
     """{(task_id, persona_id): gold response}; None where it was refused, or is empty. All of `pairs` must be there."""
-    golds = {pair_of(row): None if "refused" in row else row["gold"].strip() or None
+    golds = {pair_of(row): None if row.get("refused") else row["gold"].strip() or None
              for row in read_rows(path, PAIR, {"gold": str})}
     for pair in pairs:
         if pair not in golds:
@@ -269,7 +271,7 @@ class Rows(dict):
 
     def limit_refusals(self):
         """Ends the program with status 1 where more than --max-refused of the rows are refusals."""
-        refused = [row["refused"] for row in self.values() if "refused" in row]
+        refused = [row["refused"] for row in self.values() if row.get("refused")]
         if len(refused) > self.args.max_refused * len(self):
             fail(f"{self.path}: {len(refused)} of {len(self)} were refused (the last: {refused[-1][:200]}), more than "
                  f"--max-refused {self.args.max_refused:g}. Try another model, --extra or --max-tokens, with another "
@@ -277,8 +279,10 @@ class Rows(dict):
 
     def summary(self):
         """ "PATH: 500 rows, 3 refused, 2 cut at --max-tokens": the beginning of a stage's last line."""
-        refused, cut = (sum(mark in row for row in self.values()) for mark in ("refused", "cut"))
-        return f"{self.path}: {len(self)} rows, {refused} refused, {cut} cut at --max-tokens"
+        refused, cut = (sum(bool(row.get(mark)) for row in self.values()) for mark in ("refused", "cut"))
+        again = len(ServerModel.repeated)
+        return f"{self.path}: {len(self)} rows, {refused} refused, {cut} cut at --max-tokens" + (
+            f", {again} requests sent again (a longer --timeout or less --concurrency spares them)" if again else "")
 
 
 # ---------------------------------------------------------------- chats: lists of messages until the tokenizer
@@ -321,12 +325,25 @@ def response_form(name, task, conversation, persona=None, prompt=None, form=FORM
     return chat
 
 
+# Llama 3.2's template and others write today's date, and log-probabilities would change overnight.
+SAME_DAY = "{% macro strftime_now(f) %}{{ f" + "".join(f"|replace('%{code}', '{date}')" for code, date in zip(
+    "dbBmYy", "26 Jul July 07 2024 24".split())) + " }}{% endmacro %}"
+
+
+def render(tokenizer, chat, **more):
+    """A chat by its template, as text; on the same day forever."""
+    template = tokenizer.get_chat_template()
+    more = {"tokenize": False, **getattr(tokenizer, "chat_template_kwargs", {}), **more}
+    return tokenizer.apply_chat_template(
+        chat, chat_template=SAME_DAY * ("strftime_now" in template) + template, **more)
+
+
 @lru_cache
 def knows_system(tokenizer):
     """Whether a chat template has a place for a system text. Gemma's and Mistral's refuse it, others drop it."""
     try:
         chat = [{"role": "system", "content": "SYSTEM TEXT"}, {"role": "user", "content": "Hi"}]
-        return "SYSTEM TEXT" in tokenizer.apply_chat_template(chat, tokenize=False)
+        return "SYSTEM TEXT" in render(tokenizer, chat)
     except Exception:               # jinja2's errors, of many kinds
         return False
 
@@ -339,16 +356,18 @@ def fold_system(chat):
 
 
 @lru_cache
-def special_tokens(tokenizer):
-    """Those that the tokenizer names, and those that only its file marks as special: some ends of turn."""
-    marked = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
-    return [*marked, *tokenizer.all_special_tokens]
+def template_marks(tokenizer):
+    """The tokens that a template alone may write: special ones, and added ones that its text has, such as DeepSeek's
+    <｜User｜> and Qwen3's <think>, which no file marks as special."""
+    added, template = tokenizer.added_tokens_decoder.values(), str(tokenizer.chat_template)
+    return [*tokenizer.all_special_tokens, *(token.content for token in added if token.special or
+                                             token.content in template and re.search(r"[^\w\s]", token.content))]
 
 
 def plain(tokenizer, chat):
-    """A chat for a template: each special token that a text spells is broken by a blank ("</s>" becomes "< /s>"), or a
+    """A chat for a template: each of its marks that a text spells is broken by a blank ("</s>" becomes "< /s>"), or a
     text could open and close turns. The assistant's texts are stripped, as by most templates."""
-    spelled = "|".join(map(re.escape, special_tokens(tokenizer)))
+    spelled = "|".join(map(re.escape, template_marks(tokenizer)))
     chat = [{**message, "content": re.sub(spelled, lambda mark: f"{mark[0][0]} {mark[0][1:]}", message["content"])}
             for message in (chat if knows_system(tokenizer) else fold_system(chat))]
     return [{**m, "content": m["content"].strip()} if m["role"] == "assistant" else m for m in chat]
@@ -356,32 +375,33 @@ def plain(tokenizer, chat):
 
 def prompt_ids(tokenizer, chat):
     """The ids of a chat that ends with the user, ready for the assistant to go on."""
-    return tokenizer.apply_chat_template(plain(tokenizer, chat), add_generation_prompt=True, return_dict=False)
+    return render(tokenizer, plain(tokenizer, chat), add_generation_prompt=True, tokenize=True, return_dict=False)
 
 
 def last_turn(tokenizer, chat):
-    """(ids, first, end, close) of a chat that ends with the assistant, whose text is ids[first:end], and with its
-    end-of-turn token, if the template writes one, ids[first:close]. Found by characters: tokenizers merge across the
-    border of a turn."""
+    """(ids, first, end, close) of a chat that ends with the assistant, whose text is ids[first:end], and with the mark
+    that ends its turn, if there is one, ids[first:close]. Found by characters: tokenizers merge across the border of a
+    turn."""
     *before, answer = plain(tokenizer, chat)
     said, mark = answer["content"], f"({seed_for(chat)})"                           # the mark: a text that no chat has
-    render = partial(tokenizer.apply_chat_template, tokenize=False)
-    invited, text = render(before, add_generation_prompt=True), render([*before, answer])
-    marked = render([*before, {**answer, "content": mark}])
-    start = marked.find(mark)                                                       # after a thought, in some templates
+    invited, text = render(tokenizer, before, add_generation_prompt=True), render(tokenizer, [*before, answer])
+    start = render(tokenizer, [*before, {**answer, "content": mark}]).find(mark)    # after a thought, in some templates
     stop = start + len(said)
     if not text.startswith(invited) or start < len(invited) or text[start:stop] != said:
         fail(f"{tokenizer.name_or_path}: its chat template invites the assistant to another beginning than it shows of "
-             "the answer, a thought perhaps. Use a template without one.")
+             """the answer, a thought perhaps. If so: --chat-template-kwargs '{"enable_thinking": false}'.""")
     if not text[len(invited):start].strip():
         start = len(invited)                                    # a blank before the text belongs to the turn
-    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-    ids, (begins, ends) = encoded["input_ids"], zip(*encoded["offset_mapping"])
-    first = sum(e <= start for e in ends)
-    end = max(first, sum(b < stop for b in begins)) if said else first
-    close = next((t for t in range(end, len(ids)) if text[begins[t]:ends[t]].strip()), end)
-    ended = close < len(ids) and tokenizer.convert_ids_to_tokens(ids[close]) in special_tokens(tokenizer)
-    return ids, first, end, close + 1 if ended else end
+    for after in ([], [{"role": "user", "content": mark}]):     # GLM's turn ends with the mark that opens the next one
+        text = render(tokenizer, [*before, answer, *after])
+        encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+        ids, (begins, ends) = encoded["input_ids"], zip(*encoded["offset_mapping"])
+        first = sum(e <= start for e in ends)
+        end = max(first, sum(b < stop for b in begins)) if said else first
+        close = next((t for t in range(end, len(ids)) if text[begins[t]:ends[t]].strip()), end)
+        if close < len(ids) and tokenizer.convert_ids_to_tokens(ids[close]) in template_marks(tokenizer):
+            return ids[:close + 1], first, end, close + 1
+    return ids[:end], first, end, end
 
 
 def scored_ids(tokenizer, chat):
@@ -405,6 +425,19 @@ class Reply(NamedTuple):
     cut: bool = False               # ran into max_tokens
 
 
+# What begins a thought and what ends it: Qwen's, Magistral's, Command's, gpt-oss's and Gemma's.
+THOUGHT = r"<(seed:)?think(ing)?>|\[THINK\]|<\|START_THINKING\|>|<\|channel\|?>"
+ANSWER = r"</(?:seed:)?think(?:ing)?>|\[/THINK\]|<\|END_THINKING\|>|final<\|message\|>|<channel\|>"
+
+
+def reply_of(text, cut, marks=()):
+    """A model's text -> Reply, without a thought before it and without `marks`. A thought with no end is a refusal."""
+    text = re.split(ANSWER, text)[-1].strip()
+    if re.match(THOUGHT, text):
+        return Reply("", "a thought without an answer: raise --max-tokens, or switch thinking off")
+    return Reply(re.sub("|".join(map(re.escape, marks)), "", text).strip(), cut=cut)
+
+
 def start_processes():
     """Accelerate's view of this process: one of those that `accelerate launch` or torchrun has started, or alone."""
     from datetime import timedelta
@@ -423,20 +456,38 @@ def served_model(spec):
     return name, url[0] if url else None
 
 
+# A server's errors: of one row, which is refused (these words); for ever (status 2); those that may pass (status 75).
+OF_A_ROW = "content.?(filter|policy)|moderation|safety|flagged|invalid_prompt|context.?(length|size)|too (long|many)"
+
+
 class ServerModel:
     """A model behind an OpenAI-compatible server. OPENAI_API_KEY goes to OpenAI, or to OPENAI_BASE_URL; SERVER_API_KEY
     goes to a server that is named by its URL. A key is neither printed nor stored, though a server may repeat it. The
     client itself repeats a call after 429, 5xx, dropped connections and time-outs, 8 times."""
+    repeated = []                       # one entry for each request that was sent again
 
     def __init__(self, spec, args):
-        from openai import OpenAI
+        from openai import DefaultHttpxClient, OpenAI
         (self.name, url), self.spec, self.args = served_model(spec), spec, args
         if url and ("@" in url or "?" in url):
             fail(f"openai:{self.name}: a password or key in a URL would be shown. Set SERVER_API_KEY to it.")
         variable = "SERVER_API_KEY" if url else "OPENAI_API_KEY"
         self.key = os.environ.get(variable, "").strip()
         self.failure, self.pool = None, ThreadPoolExecutor(args.concurrency)   # one pool, of simulate.py's two threads
-        self.client = OpenAI(base_url=url, timeout=args.timeout, max_retries=8, api_key=self.key or f"set {variable}")
+        self.answered = False           # whether the set-up is right: an error is a row's own then
+        self.client = OpenAI(base_url=url, timeout=args.timeout, max_retries=8, api_key=self.key or f"set {variable}",
+                             http_client=DefaultHttpxClient(event_hooks={"response": [self._look]}))
+
+    def _look(self, response):
+        """Tells the client what a status does not: an error inside a 200 is one; without money no waiting helps."""
+        response.read()
+        if response.request.headers.get("x-stainless-retry-count", "0") != "0":
+            self.repeated.append(response.status_code)
+        if "insufficient_quota" in response.text:
+            response.headers["x-should-retry"] = "false"
+        if response.status_code == 200 and '"finish_reason"' not in response.text and re.search(
+                r'"choices": ?null|"error": ?[{"]', response.text):                             # OpenRouter's
+            response.status_code = 502
 
     def _mask(self, text):
         """A server's text without the key, and without halves of a character."""
@@ -444,19 +495,20 @@ class ServerModel:
         return text.replace(self.key, "***") if self.key else text
 
     def _reply(self, answer):
-        """A chat completion -> Reply. A filtered, declined or empty answer is a refusal."""
+        """A chat completion -> Reply. A filtered, declined, broken or empty answer is a refusal."""
         if not answer.choices:
-            raise ValueError(getattr(answer, "error", None) or "no choices")
-        said, end = answer.choices[0].message, answer.choices[0].finish_reason
-        text, refusal = (self._mask((part or "").strip()) for part in (said.content, said.refusal))
-        if refusal or end == "content_filter" or not text:
-            reason = "content_filter (answer)" if end == "content_filter" else f"empty (finish_reason {end})"
-            return Reply("", refusal or reason)
-        return Reply(text, cut=end == "length")
+            raise ValueError("no choices")
+        message, end = answer.choices[0].message, answer.choices[0].finish_reason
+        text, refusal = (self._mask((part or "").strip()) for part in (message.content, message.refusal))
+        reply = reply_of(text, end in ("length", "max_tokens"))
+        self.answered = True
+        if refusal or end not in (None, "", "stop", "eos", "end_turn", "length", "max_tokens"):
+            return Reply("", refusal or f"{end} (answer)")
+        return reply if reply.text or reply.refused else Reply("", f"empty (finish_reason {end})")
 
     def _ask(self, request, temperature, top_p, max_tokens):
         """The Reply; None after an error, which is kept in self.failure, and ends all that is not under way yet."""
-        from openai import APIConnectionError, APIStatusError, InternalServerError, OpenAIError, RateLimitError
+        from openai import APIStatusError, OpenAIError
         chat = fold_system(request.chat) if self.args.system == "fold" else request.chat
         more = {"temperature": temperature, "top_p": top_p, "max_tokens": max_tokens, "seed": request.seed,
                 **self.args.extra}                              # {"max_tokens": null} takes an argument away
@@ -464,14 +516,13 @@ class ServerModel:
             return None if self.failure else self._reply(self.client.chat.completions.create(
                 model=self.name, messages=chat, extra_body={k: v for k, v in more.items() if v is not None}))
         except OpenAIError as error:
-            why = {getattr(error, "code", None), getattr(error, "type", None)} & {     # Azure's, OpenAI's, llama.cpp's
-                "content_filter", "invalid_prompt", "context_length_exceeded", "exceed_context_size_error"}
-            if why:
-                return Reply("", f"{why.pop()} (prompt)")
-            away = isinstance(error, (APIConnectionError, InternalServerError, RateLimitError))
-            said = f"{error.status_code} {error.response.text}" if isinstance(error, APIStatusError) else error
-            self.failure = (ConnectionError if away else OSError)(self._mask(
-                f"{self.spec}: {said} (--extra, --system fold and --concurrency change what is sent)"))
+            status = error.status_code if isinstance(error, APIStatusError) else 503            # no answer at all
+            why = self._mask(f"{status} {error.response.text}" if isinstance(error, APIStatusError) else str(error))
+            if status in (400, 403, 413, 422) and (self.answered or re.search(OF_A_ROW, why, re.IGNORECASE)):
+                return Reply("", f"{why[:200]} (prompt)")
+            away = (status >= 500 or status in (408, 409, 429)) and "insufficient_quota" not in why
+            self.failure = (ConnectionError if away else OSError)(
+                f"{self.spec}: {why} (does its URL end in /v1? --extra, --system, --concurrency change what is sent)")
         except (ValueError, TypeError, AttributeError, LookupError) as error:
             self.failure = OSError(self._mask(f"{self.spec}: sends no chat completion ({error}); is the URL right?"))
 
@@ -479,6 +530,7 @@ class ServerModel:
         """{key: Request} -> yields (key, Reply) as answers arrive, with at most --concurrency requests under way.
         `skip`: keys that need no reply; `share`: which of the others are this process's. After an error, what is under
         way, and paid for, still comes."""
+        self.answered = self.answered or bool(skip)
         asked = {self.pool.submit(self._ask, requests[key], temperature, top_p, max_tokens): key
                  for key in [key for key in requests if key not in skip][share]}
         try:
@@ -496,13 +548,14 @@ class LocalModel:
 
     def __init__(self, path, args, device):
         self.name, self.batch_size = path, args.batch_size
-        self.model, self.tokenizer = load_model(path, args.dtype), load_tokenizer(path)
+        self.model, self.tokenizer = load_model(path, args.dtype), load_tokenizer(path, args)
         self.model.to(device).eval().requires_grad_(False)
         self.room = getattr(self.model.config.get_text_config(), "max_position_embeddings", 0) or np.inf     # tokens
         # What ends an answer: the checkpoint's tokens, the tokenizer's, and the template's end of turn.
         own, hi = self.model.generation_config.eos_token_id, [{"role": "user", "content": "Hi"}]
         ids, _, end, close = last_turn(self.tokenizer, [*hi, {**hi[0], "role": "assistant"}])
         self.stops = {self.tokenizer.eos_token_id, *(own if isinstance(own, list) else [own]), *ids[end:close][-1:]}
+        self.checked = False            # whether a cache gives what no cache gives
 
     def _left_pad(self, rows):
         """Lists of ids -> ids and mask, each (B, L), padded on the left: rows end in the last column. The mask hides
@@ -528,8 +581,8 @@ class LocalModel:
                 said = self._answer([prompts[key] for key in batch], groups, np.stack(draws), temperature, top_p)
             for key, tokens in zip(batch, said):
                 cut = tokens[-1] not in self.stops
-                text = self.tokenizer.decode(tokens[:None if cut else -1], skip_special_tokens=True)
-                yield key, Reply(text.strip(), cut=cut)
+                text = self.tokenizer.decode(tokens[:None if cut else -1])
+                yield key, reply_of(text, cut, template_marks(self.tokenizer))
 
     def _prefill(self, prompts, groups):
         """B lists of ids -> (cache, ids (B, L), mask): ids are what the cache does not hold yet, at least one a row.
@@ -560,6 +613,11 @@ class LocalModel:
         for t in tqdm(range(draws.shape[1]), "tokens", delay=10, leave=False, disable=bool(ids.device.index)):
             logits = self.model(ids, attention_mask=mask, position_ids=positions(mask)[:, -ids.shape[1]:],
                                 cache=cache, logits_to_keep=1).logits[:, -1]                # (B, V)
+            if not self.checked:            # every forward takes **kwargs: a renamed argument would be ignored
+                plain = self.model(torch.tensor(prompts[-1:], device=ids.device)).logits[:, -1]
+                off = ((logits[-1] - plain).std() / plain.std()).item()         # of the row with the most padding
+                self.checked = off < (0.01 if plain.dtype == torch.float32 else 0.1) or fail(
+                    f"{self.name}: a cache changes its logits by {off:.0%}. Take another version of transformers.")
             tokens = next_tokens(logits, draws[rows, t], temperature, top_p)                # (B,)
             for row, token in zip(rows, tokens.tolist()):
                 said[row].append(token)
@@ -634,12 +692,16 @@ def load_model(path, dtype):
     return model
 
 
-def load_tokenizer(path):
-    """The tokenizer of a model folder; one without a chat template is refused."""
+def load_tokenizer(path, args=None):
+    """The tokenizer of a model folder; one without a chat template, or that loses a text's blanks, is refused."""
     from transformers import AutoTokenizer
     tokenizer = load(AutoTokenizer, path)
+    tokenizer.chat_template_kwargs = getattr(args, "chat_template_kwargs", {})
     if tokenizer.chat_template is None or tokenizer.eos_token_id is None or not tokenizer.is_fast:
         fail(f"{path}: its tokenizer has no chat template, no eos token or no offsets. Use an instruction-tuned model.")
+    read = tokenizer.decode(tokenizer("Which tea?", add_special_tokens=False)["input_ids"])
+    if read.split() != ["Which", "tea?"]:
+        fail(f"{path}: its tokenizer makes {read!r} of \"Which tea?\". Take another version of transformers.")
     return tokenizer
 
 
@@ -674,7 +736,7 @@ def score_all(rows, keys, chat_of, spec):
 def save_all(rows, keys, results, what):
     """Saves results, (key, fields of the row), as they come, under a progress bar."""
     left = len([key for key in keys if key not in rows][rows.share])
-    for key, fields in tqdm(results, what, left, unit="", disable=not rows.processes.is_main_process):
+    for key, fields in tqdm(results, what, left, unit="", disable=not (left and rows.processes.is_main_process)):
         if key not in rows:                                     # it may be there: its batch was half done
             rows.add({**dict(zip(rows.key, key)), **fields})
     rows.finish()
@@ -719,6 +781,8 @@ def stage_parser(manual, output, limit="work on a seeded sample of N pairs", pro
     parser.add_argument("--output", required=True, type=os.path.normpath, metavar="PATH", help=output)
     parser.add_argument("--seed", type=number(int, 0), default=42, help="of all randomness")
     parser.add_argument("--limit", type=natural, metavar="N", help=limit)
+    parser.add_argument("--chat-template-kwargs", type=json_object, default={}, metavar="JSON",
+                        help='for local models\' templates: {"enable_thinking": false}')
     if prompts:
         parser.add_argument("--prompts", default=prompts, metavar="FOLDER", help="of other texts for some of prompts/")
     return parser

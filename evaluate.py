@@ -226,7 +226,7 @@ def roleplayer_label(conversations, given):
 
 def read_responses(path):
     """Yields the rows of responses.jsonl that are no refusals."""
-    return (row for row in read_rows(path, SAMPLE, {"turns": int, "response": str}) if "refused" not in row)
+    return (row for row in read_rows(path, SAMPLE, {"turns": int, "response": str}) if not row.get("refused"))
 
 
 MUST_AGREE = "base tasks personas gold split roleplayer seed dtype max_tokens temperature top_p system".split()
@@ -256,7 +256,7 @@ def main():
     for task_id, persona_id in sorted(kept):
         if not tasks[task_id]["split"] == personas[persona_id]["split"] == args.split:
             fail(f"{args.conversations}: {task_id} is not of --split {args.split}. Name the split that was simulated.")
-    conversations = {key_of(row): row["conversation"] for row in all_conversations if "refused" not in row}
+    conversations = {key_of(row): row["conversation"] for row in all_conversations if not row.get("refused")}
     if args.turns:                                              # the same pairs for every k
         most = max(map(len, conversations.values()), default=0)
         conversations = {key: talk[:2 * args.turns] for key, talk in conversations.items()
@@ -326,7 +326,7 @@ def main():
 
     # 3. Verdicts: a judge who sees the persona compares them with Q_BASE's.
     if args.judge:
-        ours = {key[:2]: responses[key]["response"] for key in keys if "refused" not in responses[key]}
+        ours = {key[:2]: responses[key]["response"] for key in keys if not responses[key].get("refused")}
         base = {pair_of(row): row["response"] for row in read_responses(f"{args.baseline}/responses.jsonl")}
         orders = {pair: ORDERS if args.both_orders else [order] for pair, order in pairs.items()
                   if pair in ours and pair in base}
@@ -338,9 +338,9 @@ def main():
         verdicts = output("verdicts", "order", responses=fingerprint(f"{args.output}/responses.jsonl"))
 
         def verdict_row(key, reply):
-            verdict = read_verdict(reply.text, key[2])
-            return {"turns": turns[key[:2]], "verdict": verdict, "raw": reply.text,
-                    **({} if verdict else {"refused": "unreadable"})}
+            verdict = None if reply.cut else read_verdict(reply.text, key[2])
+            return {"turns": turns[key[:2]], "verdict": verdict, "raw": reply.text, **({} if verdict else {
+                "refused": f"no verdict, --judge-max-tokens {args.judge_max_tokens}: ...{reply.text[-80:]!r}"})}
 
         answer_all(verdicts, requests, args.judge, (0.0, args.top_p, args.judge_max_tokens), "verdicts", verdict_row)
         verdict = {pair: combine([verdicts[(*pair, order)]["verdict"] for order in orders[pair]]) for pair in orders}

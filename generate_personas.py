@@ -13,8 +13,11 @@ The paper's scale, 110 calls (the paper's writer, gpt-4-0613, was shut down in O
     python generate_personas.py --model openai:MODEL --output runs/paper/personas.jsonl
 """
 import random
-import re
+from argparse import Namespace
 from collections import Counter
+from difflib import SequenceMatcher
+
+import regex
 
 from common import (Request, Rows, add_model_flags, amount, answer_all, fail, natural, nucleus,
                     read_prompts, read_rows, run, say, seed_for, stage_parser, start_processes)
@@ -30,14 +33,16 @@ def persona_request(examples, seed, prompts=PROMPTS):
 
 
 def name_in(persona):
-    """The first name with which a persona opens ("I'm REECE. ...", "Meet Zara, an ..."), as a word with a capital; None
-    if it opens otherwise."""
-    match = re.match(r"\W*(?:I['’]m|I am|My name is|My name['’]s|Meet|This is|Introducing)\s+"
-                     r"(?:(?:Dr|Mr|Mrs|Ms|Prof|Professor|Captain|Sir|Lady|Lord)\.?\s+)?([^\W\d_][\w'’-]*\w)", persona)
-    name = match.group(1).removesuffix("'s").removesuffix("’s") if match else ""
-    if not name[:1].isupper() or name in ("An", "The", "One", "Your"):
+    """The first name with which a persona opens, in any script: "I'm REECE. ...", "Meet Zara, an ...". None where the
+    word may be no name: "I'm Deaf and ...", "I'm Maria's grandson", "I'm Canadian, ... Call me Jo"."""
+    title = r"(?:(?:Dr|Mr|Mrs|Ms|Prof|Professor|Captain|Sir|Lady|Lord)\.?\s+)?"
+    surnames = r"(?:\s+\p{Lu}[\w\p{M}.'’-]*)*\s*(?:[^\s\w#('’]|$)"                         # and a comma, or a stop
+    match = regex.match(r"[^\p{L}]*(?:(?:My name is|My name['’]s|(I['’]m|I am|Meet|This is|Introducing))\s+"
+                        rf"{title}(\p{{L}}(?:[\w\p{{M}}'’-]*[\w\p{{M}}])?)(?(1){surnames}))", persona)
+    name = match[2] if match else ""
+    if not name or name[0].islower() or name in ("An", "The", "One", "Your") or regex.search("[Cc]all me", persona):
         return None
-    return name.title() if name.isupper() else name
+    return name.title() if name.isupper() and name.lower() != name else name
 
 
 def persona_splits(text):
@@ -71,6 +76,7 @@ def main():
     rows = Rows(args, args.output, ("persona_id",), processes, **settings)
     replies = Rows(args, args.output.removesuffix(".jsonl") + ".replies.jsonl", ("persona_id", "attempt"), processes,
                    **settings)
+    replies.args = Namespace(**{**vars(args), "max_refused": 1})                # while there are attempts left
     taken = {row["name"].lower(): row for row in rows.values()}
     missing = [(persona_id, split) for split, ids in args.splits.items() for persona_id in ids[:args.limit]
                if (persona_id,) not in rows]
@@ -83,8 +89,10 @@ def main():
         for persona_id, split in asked:
             answer = replies[persona_id, attempt]
             name = name_in(answer["reply"])
-            why = ("refused" if "refused" in answer else "cut" if "cut" in answer else "no name" if name is None else
-                   "name taken" if name.lower() in taken else None)
+            why = ("refused" if answer.get("refused") else "cut" if answer.get("cut") else
+                   "no name" if name is None else "name taken" if name.lower() in taken else
+                   "a copy" if any(SequenceMatcher(None, text, answer["reply"]).ratio() > 0.8 for text in examples) else
+                   None)
             if why:
                 rejected[why] += 1
                 missing.append((persona_id, split))
@@ -102,6 +110,8 @@ def main():
     say(processes, "", *[row["persona"] for row in taken.values()][:1], "", replies.summary(),
         f"{args.output}: {len(taken)} personas; replies that could not be one: {again}")
     if missing:                                                 # the next run goes on with the parts
+        replies.args = args
+        replies.limit_refusals()
         fail(f"{len(missing)} personas are still missing after {args.attempts} attempts each: start again with more "
              "--attempts, or with another --model.", status=1)
     rows.finish()

@@ -80,7 +80,7 @@ def main():
     pairs = set(sample_pairs(map(pair_of, all_conversations), args.limit, args.seed))
     golds = read_gold(args.gold, pairs)
     rows = {key_of(row): row for row in all_conversations
-            if "refused" not in row and pair_of(row) in pairs and golds[pair_of(row)]}
+            if not row.get("refused") and pair_of(row) in pairs and golds[pair_of(row)]}
     prompts, processes = read_prompts(*FORM, folder=args.prompts), start_processes()
     path = args.scores or args.output.removesuffix(".jsonl") + ".scores.jsonl"
     scores = Rows(args, path, SAMPLE, processes, NOT_OF_SCORES, **prompts)
@@ -104,7 +104,8 @@ def main():
                 select_random(c, args.k, seed_for(args.seed, "pick", *pair)))
         for sample in sorted(keep):
             row = {**rows[(*pair, sample)], "gold_log_prob": c[sample], "response": None}
-            chosen[(*pair, sample)] = {name: value for name, value in row.items() if name != "cut"}     # not its own
+            cut = row.pop("cut", None)                          # is the response's in this file
+            chosen[(*pair, sample)] = {**row, "cut_turns": cut} if cut else row
     if not chosen:
         fail(f"{args.conversations}: no gold response has a finite log-probability. Look at its rows, and at --base.")
     if any(key not in chosen for key in output if key[:2] in log_probs):

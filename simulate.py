@@ -22,6 +22,7 @@ The paper's scale, 250 x 50 x 10 = 125,000 conversations (and the Roleplayer on 
     accelerate launch simulate.py --roleplayer openai:mistralai/Mixtral-8x7B-Instruct-v0.1@http://host:8000/v1 \\
         --personas runs/paper/personas.jsonl --split A --output runs/paper/base/conversations.jsonl
 """
+import re
 from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from random import Random
@@ -51,6 +52,12 @@ def roleplayer_chat(persona, task, conversation, prompts=PROMPTS):
             prompts["roleplayer_user"].format(persona=persona, task=task, conversation=history)}]
 
 
+def own_words(reply):
+    """What the user says: without the label in which the prompt ends, and without the turns that it invents after."""
+    text = re.split(r"^\s*(?:AI Assistant|You):", re.sub(r"^You:\s*", "", reply.text), flags=re.M)[0].strip()
+    return reply._replace(text=text, refused=reply.refused or (None if text else "speaks for the assistant"))
+
+
 def deal_users(keys, roleplayers, seed):
     """{key: Roleplayer} by a hash of the key, here a pair, and {Roleplayer: its name}. A pair has one for all its
     conversations, the same for every model and iteration. Two of one name end the program."""
@@ -63,20 +70,20 @@ def deal_users(keys, roleplayers, seed):
 def simulate(rows, ask, answer):
     """Advances all conversations together, turn by turn, so that each step is one batch.
 
-    rows: {key: dict} with `turns` (how many questions), `conversation` ([], filled here); `cut` counts cut replies.
+    rows: {key: dict} with `turns` (how many questions), `conversation` ([], filled here); `cut` lists the cut turns.
     ask, answer: (rows, turn) -> iterator of (key, Reply) by the Questioner and the Roleplayer.
     A conversation in which a model declines ends there, and its row gets `refused`.
     """
     for turn in range(max(row["turns"] for row in rows.values())):
         for role, speak in (("assistant", ask), ("user", answer)):
-            alive = {key: row for key, row in rows.items() if row["turns"] > turn and "refused" not in row}
+            alive = {key: row for key, row in rows.items() if row["turns"] > turn and not row.get("refused")}
             for key, reply in speak(alive, turn):
                 if reply.refused:
                     rows[key]["refused"] = f"{role}, turn {turn + 1}: {reply.refused}"
                 else:
                     rows[key]["conversation"].append({"role": role, "content": reply.text})
                     if reply.cut:
-                        rows[key]["cut"] = rows[key].get("cut", 0) + 1
+                        rows[key].setdefault("cut", []).append(2 * turn + (role == "user"))
 
 
 def save_blocks(rows, keys, blocks, work, what):
@@ -136,7 +143,9 @@ def main():
                 roleplayer_chat(personas[key[1]]["persona"], tasks[key[0]]["task"], row["conversation"], prompts),
                 seed_for(args.seed, "answer", *key, turn), key[:2])
         for model in requests:
-            yield from models[model].generate(requests[model], args.roleplayer_temperature, args.top_p, args.max_tokens)
+            for key, reply in models[model].generate(requests[model], args.roleplayer_temperature, args.top_p,
+                                                     args.max_tokens):
+                yield key, own_words(reply)
 
     def simulate_block(block):
         rows = {key: {"split": args.split, "turns": turns[key[:2]], "roleplayer": names[who[key[:2]]],

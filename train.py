@@ -8,7 +8,8 @@ the questions and the response, each with its end-of-turn token; the user's turn
 `--target none` leaves the response out (the paper's "w/o Reg."), `--target gold` puts the Oracle's in its place.
 
     reads   --selected  the rows of select.py      (and --gold, the rows of gold.py, for --target gold)
-    writes  --output    a model folder that AutoModelForCausalLM and vLLM open, with the losses in its log.jsonl:
+    writes  --output    a model folder that transformers 5 opens, and a vLLM built on it (4.57 ignores its rope
+                        settings), with the losses in its log.jsonl:
                         {"step": 1, "loss": 1.934, "rate": 2e-05, "norm": 0.612}
 
 On a laptop (files from select.py's example):
@@ -33,7 +34,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from common import (FORM, add_data_flags, amount, fail, fraction, last_turn, load_model,
                     load_tokenizer, natural, pair_of, read_conversations, read_gold, read_personas, read_prompts,
-                    read_tasks, response_form, run, sample_pairs, say, scored_ids, settings_of, stage_parser,
+                    read_tasks, response_form, run, sample_pairs, say, settings_of, stage_parser,
                     start_processes, take_output, tqdm)
 
 
@@ -44,13 +45,14 @@ def example_chat(name, task, conversation, response=None, form=FORM):
     return chat[:-1] if response is None else [*chat, {"role": "assistant", "content": response}]
 
 
-def training_examples(tokenizer, chat):
+def training_examples(tokenizer, chat, cut=()):
     """[(ids, labels)] of a chat: labels are the ids on every assistant turn with its end-of-turn token, and -100
-    elsewhere. One example; where a template rewrites what came before, more: each turn is learned as it was said."""
+    elsewhere. One example; where a template rewrites what came before, more: each turn is learned as it was said.
+    cut: numbers of the turns (of `chat[1:]`) that ran into --max-tokens; they did not end there: no end is learned."""
     examples, said = [], 0                                      # said: tokens until the end of the turn before
     for i in [i for i, message in enumerate(chat) if message["role"] == "assistant"]:
-        ids, first, _, close = last_turn(tokenizer, chat[:i + 1])
-        labels = [-100] * first + ids[first:close] + [-100] * (len(ids) - close)
+        ids, first, end, close = last_turn(tokenizer, chat[:i + 1])
+        labels = [-100] * first + ids[first:end] + ([-100] * (close - end) if i - 1 in cut else ids[end:close])
         if examples and ids[:said] == examples[-1][0][:said]:   # the turns before are shown as they were said
             labels[:said] = examples.pop()[1][:said]
         examples.append((ids, labels))
@@ -115,15 +117,12 @@ def read_examples(args, tokenizer):
     for row in (row for row in rows if pair_of(row) in pairs):
         pair = pair_of(row)
         target = {"response": row.get("response"), "none": None, "gold": golds.get(pair)}[args.target]
-        if "refused" in row or target is None and args.target != "none":
+        if row.get("refused") or target is None and args.target != "none":
             refused += 1
         else:
             chat = example_chat(personas[pair[1]]["name"], tasks[pair[0]]["task"], row["conversation"], target, form)
-            made = training_examples(tokenizer, chat)
-            if "cut" in row and args.target == "response":      # it did not end there: no end of a turn is learned
-                end = len(scored_ids(tokenizer, chat)[0])
-                made[-1] = made[-1][0][:end], made[-1][1][:end]
-            for example in made:
+            response_cut = [len(row["conversation"])] if row.get("cut") and args.target == "response" else []
+            for example in training_examples(tokenizer, chat, response_cut + (row.get("cut_turns") or [])):
                 if len(example[0]) <= args.max_length:
                     examples[pair].append(example)
                 else:
@@ -220,7 +219,10 @@ def parse_args():
 
 def train(args, read_examples, schedule="cosine", loss_of=None, **more):
     """The stage, for aloe/train.py, too, which has other examples. more: settings beside the flags."""
-    accelerator, tokenizer = start_processes(), load_tokenizer(args.base)
+    accelerator, tokenizer = start_processes(), load_tokenizer(args.base, args)
+    if accelerator.gradient_accumulation_steps > 1 or accelerator.distributed_type in ("DEEPSPEED", "MEGATRON_LM"):
+        fail("gradient accumulation, DeepSpeed and Megatron-LM would change the batches or the steps. Launch without "
+             "them: --batch-size and --micro-batch-size are train.py's own flags, and configs/ has FSDP.")
     dtype = args.dtype if accelerator.mixed_precision == "no" else "float32"        # where matrices alone are bfloat16
     examples, left_out = read_examples(args, tokenizer)
     # Here these are settings: more rows make another model, not more of the same.
@@ -264,8 +266,11 @@ def train(args, read_examples, schedule="cosine", loss_of=None, **more):
     state = accelerator.get_state_dict(model.to(getattr(torch, args.dtype)))        # all processes: FSDP gathers here
     if accelerator.is_main_process:
         try:
-            accelerator.unwrap_model(model).save_pretrained(unfinished, state_dict=state)
+            model = accelerator.unwrap_model(model, keep_torch_compile=False)
+            state = {name.replace("_orig_mod.", ""): weight for name, weight in state.items()}      # torch.compile's
+            model.save_pretrained(unfinished, state_dict=state)
             tokenizer.save_pretrained(unfinished)
+            load_model(unfinished, args.dtype)                  # it opens, and no weight is missing
             os.replace(unfinished, args.output)                 # whole or not at all
         except Exception as error:                              # safetensors has errors of its own for a full disk
             raise OSError(f"{args.output}: {error}")

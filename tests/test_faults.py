@@ -2,6 +2,7 @@
 
 Kills are real: a stage runs in a forked process (which saves the import of torch) and gets SIGKILL at a random moment.
 """
+import json
 import os
 import random
 import resource
@@ -100,7 +101,9 @@ TOO_LONG = {"error": {"message": "too long", "code": 400, "type": "exceed_contex
 
 
 @pytest.mark.parametrize("status, reply, refused", [
-    (400, FILTERED, "content_filter (prompt)"), (400, TOO_LONG, "exceed_context_size_error (prompt)"),
+    (400, FILTERED, f"400 {json.dumps(FILTERED)} (prompt)"), (400, TOO_LONG, f"400 {json.dumps(TOO_LONG)} (prompt)"),
+    (200, completion("Gold", "abort"), "abort (answer)"), (200, completion("<think>\nHm.\n</think>\n\nGold."), None),
+    (200, completion("<think>\nHm.", "length"), "a thought without an answer: raise --max-tokens, or switch thinking off"),
     (200, completion("Gold.", "content_filter"), "content_filter (answer)"),
     (200, completion("Gold.", refusal="half \ud83d"), "half ?"), (200, completion("\n "), "empty (finish_reason stop)"),
     (200, completion(None, None), "empty (finish_reason None)"), (200, completion("half \ud83d", usage="many"), None)])
@@ -113,13 +116,12 @@ def test_odd_replies_become_clean_rows(run, world, server, status, reply, refuse
     assert len(server.requests) == 12
 
 
-@pytest.mark.parametrize("body", [[], None, {}, {"choices": [{}]}, {"error": {"message": "the engine is asleep"}}])
+@pytest.mark.parametrize("body", [[], None, {}, {"choices": [{}]}])
 def test_what_is_no_chat_completion_is_an_error_and_no_refusal(run, world, server, body):
     server.reply = lambda request: (200, body)
     _, err = run(gold, *world.command("gold", None, server.url), "--limit", 1, status=2)
     said = [line for line in err.splitlines() if "error: " in line]
     assert len(said) == 1 and "no chat completion" in said[0] and "Traceback" not in err
-    assert ("asleep" in said[0]) == ("asleep" in str(body))
     assert len(server.requests) == 1 and not Path(world.path("out.jsonl")).exists()
 
 
@@ -284,7 +286,7 @@ def test_ctrl_c_is_one_line_and_keeps_what_is_done(name, world, tiny, server, sh
     assert wait(pid, 10) == 130
     release.set()
     said = (tmp_path / "log").read_text().splitlines()
-    assert said[-1].endswith("interrupted. What is done is kept: start again with the same flags.")
+    assert any(line.endswith("interrupted. What is done is kept: start again with the same flags.") for line in said)
     assert "Traceback" not in str(said) and read_lines(common.unfinished(world.path("out.jsonl"))[0])
 
 

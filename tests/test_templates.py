@@ -6,14 +6,17 @@ not *name* their marks, as those of Gemma, Phi and Llama-3 do not: only the file
 import json
 import random
 import re
+from datetime import datetime
 from functools import lru_cache
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import pytest
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
+from transformers.utils import chat_template_utils
 
 import common
 import evaluate
@@ -115,6 +118,7 @@ def hostile_text(rng, marks, most=6):
 def test_labels_of_marks_without_names_and_of_templates_without_an_end(name, tmp_path):
     """Against the same texts put together by hand: a token is learned if it has a character of an answer or its end."""
     tokenizer, family, rng, clean = tokenizer_of_family(name), FAMILIES[name], random.Random(name), None
+    end = family.end or next((mark for mark in tokenizer.marks if family.user.startswith(mark)), "")    # ChatGLM's: <|user|>
     pieces = [*tokenizer.marks, "[INST]", "</s>", "assistant\n", "\n\n", " ", "{{ 1 }}", "### Response:\n", *SENTENCES]
     for number in range(40):
         texts = [["I am Ann.", "", "Green.", " Yes"], ["Tea?", "\n Hot?", "", ""]][number] if number < 2 else [
@@ -125,31 +129,33 @@ def test_labels_of_marks_without_names_and_of_templates_without_an_end(name, tmp
             text += family.user.format(broken(tokenizer, user)) + family.ask
             prompt, answer = text, broken(tokenizer, answer).strip()
             first, last = len(text), len(text + family.blank + answer)
-            turns.append((first, last, last + len(family.end)) if answer or family.end else (0, 0, 0))
+            turns.append((first, last, last + len(end)) if answer or end else (0, 0, 0))
             text += family.blank + answer + family.end + family.after
-        encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+        encoded = tokenizer(text + end * (not family.end), add_special_tokens=False, return_offsets_mapping=True)
         inside = lambda first, end: [a < end and b > first for a, b in encoded["offset_mapping"]]
         learned = map(any, zip(*(inside(first, end) for first, _, end in turns)))
         expected = [token if inside else -100 for token, inside in zip(encoded["input_ids"], learned)]
-        assert train.training_examples(tokenizer, chat) == [(encoded["input_ids"], expected)], texts
+        (ids, labels), = train.training_examples(tokenizer, chat)
+        assert (ids, labels) == (encoded["input_ids"][:len(ids)], expected[:len(ids)]), texts
+        assert {*expected[len(ids):]} <= {-100}
         ids, n = common.scored_ids(tokenizer, chat)
         answer = inside(*turns[-1][:2]) if texts[3].strip() else []
         assert n == sum(answer) and (not n or ids == encoded["input_ids"][:len(answer) - answer[::-1].index(True)])
         assert common.prompt_ids(tokenizer, chat[:3]) == tokenizer(prompt, add_special_tokens=False)["input_ids"]
         marks = [encoded["input_ids"].count(i) for i in tokenizer.convert_tokens_to_ids(tokenizer.marks)]
-        assert marks == [text.count(mark) for mark in tokenizer.marks]
+        assert marks == [text.count(mark) + (mark == end != family.end) for mark in tokenizer.marks]
         assert number == 0 or marks == clean, "a text opened or closed a turn"
         clean = marks
     make_model(len(tokenizer)).save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
-    stops = {tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids(family.end or family.eos)}
+    stops = {tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids(end or family.eos)}
     assert local(tmp_path).stops - {None, 2} == stops, "an answer ends with its end of turn; 2 is this model's default"
 
 
 # ------------------------------------------------------------ TRL's copies of real models' own templates
 
 TRL = Path(find_spec("trl").origin).parent / "chat_templates"
-NAMES = ["llama3", "gemma", "gemma3", "qwen2_5", "qwen3", "qwen3_5_nothink", "phi3", "gptoss", "glm4moe", "cohere2"]
+NAMES = ["llama3", "llama3_2", "gemma", "gemma3", "qwen2_5", "qwen3", "qwen3_5_nothink", "phi3", "gptoss", "glm4moe", "cohere2"]
 ONE_BY_ONE = {"qwen3", "qwen3_5_nothink", "gptoss"}               # the last answer has a thought, or an end of its own
 TALK = [{"role": "assistant", "content": "Green or black?"}, {"role": "user", "content": "Green."},
         {"role": "assistant", "content": "Hot?"}, {"role": "user", "content": "Yes."}]
@@ -168,7 +174,8 @@ def said(tokenizer, examples):
     return "".join(tokenizer.decode([label for label in labels if label != -100]) for _, labels in examples)
 
 
-def test_every_chat_of_the_pipeline_renders_with_bos_once(tokenizer):
+def test_every_chat_of_the_pipeline_renders_with_bos_once_and_on_the_same_day(tokenizer, monkeypatch):
+    monkeypatch.setattr(chat_template_utils, "datetime", SimpleNamespace(now=lambda: datetime(2024, 7, 26)))
     chats = [simulate.questioner_chat("Ann", "Tea?", TALK[:length]) for length in (0, 4)]
     chats += [common.response_form("Ann", "Tea?", TALK[:length]) for length in (0, 4)]
     chats += [simulate.roleplayer_chat("I'm Ann.", "Tea?", TALK[:1]),
@@ -177,6 +184,8 @@ def test_every_chat_of_the_pipeline_renders_with_bos_once(tokenizer):
         ids = common.prompt_ids(tokenizer, chat)
         whole = common.fold_system(chat) if tokenizer.name == "gemma" else chat         # Gemma's knows no system role
         assert ids == tokenizer.apply_chat_template(whole, add_generation_prompt=True, return_dict=False)
+        if "strftime_now" in tokenizer.chat_template:
+            assert re.search("26 Jul 2024|2024-07-26", tokenizer.decode(ids))
         assert ids.count(tokenizer.bos_token_id) <= 1 and whole[-1]["content"].strip() in tokenizer.decode(ids)
         scored, n = common.scored_ids(tokenizer, [*chat, {"role": "assistant", "content": "Sencha, hot."}])
         assert tokenizer.decode(scored[-n:]).strip() == "Sencha, hot."
@@ -192,4 +201,4 @@ def test_all_that_the_assistant_says_is_supervised_and_nothing_else(tokenizer):
         assert tokenizer.decode(ids).startswith(tokenizer.decode(common.prompt_ids(tokenizer, chat[:end])))
     ends = re.fullmatch(r"\s?" + "(.*)".join(map(re.escape, texts)) + "(.*)", said(tokenizer, examples), re.S).groups()
     assert all(end.strip() in (*tokenizer.marks, "") for end in ends), ends
-    assert all(end.strip() for end in ends) == (tokenizer.name != "glm4moe"), "ends are learned; GLM's has none"
+    assert all(end.strip() for end in ends), "ends are learned: GLM's is the next turn's mark"
