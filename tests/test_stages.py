@@ -67,6 +67,18 @@ def test_the_projects_own_data():
     assert len(set(examples)) == 21 and len({generate_personas.name_in(text) for text in examples} - {None}) == 21
 
 
+def test_the_projects_own_golds():
+    """One for each pair of a split's first nine tasks and the people of that split; no person is in both splits."""
+    rows = read_lines(ROOT / "data/golds.jsonl")
+    tasks = common.read_tasks(ROOT / "data/tasks.jsonl", 9)
+    personas = common.read_personas(ROOT / "data/seed_personas.jsonl")
+    assert [(row["task_id"], row["persona_id"]) for row in rows] == [
+        pair for split in ("A", "test") for pair in common.all_pairs(tasks, personas, split)]
+    assert all([*row] == ["task_id", "persona_id", "split", "gold"] for row in rows)
+    assert all(row["split"] == tasks[row["task_id"]]["split"] for row in rows)
+    assert len({row["gold"] for row in rows}) == 189 and all(60 <= len(row["gold"].split()) <= 110 for row in rows)
+
+
 # ------------------------------------------------------------ gold
 
 
