@@ -187,6 +187,9 @@ def test_a_laptop():
     assert all(flags["--metrics"] == ["log_prob"] and "--judge" not in flags for flags in of(commands, "evaluate.py"))
     assert [first(flags, "variant", "iteration", "conversations") for flags in of(commands, "people/measure.py")] == [
         first(flags, "variant", "iteration", "conversations") for flags in of(commands, "evaluate.py")]
+    own = printed("laptop", BASE="m", GOLD="g.jsonl", PERSONAS="p.jsonl", TASKS="t.jsonl", VARIANTS="main")
+    assert {name for name, _ in own} == {f"{name}.py" for name in "simulate evaluate select train report/report".split()}
+    assert {(flags["--gold"][0], flags["--tasks"][0]) for flags in of(own, "select.py")} == {("g.jsonl", "t.jsonl")}
 
 
 def test_several_users():
