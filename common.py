@@ -400,7 +400,7 @@ def last_turn(tokenizer, chat):
         end = max(first, sum(b < stop for b in begins)) if said else first
         close = next((t for t in range(end, len(ids)) if text[begins[t]:ends[t]].strip()), end)
         if close < len(ids) and tokenizer.convert_ids_to_tokens(ids[close]) in template_marks(tokenizer):
-            return ids[:close + 1], first, end, close + 1
+            return ids[:close + 1] if after else ids, first, end, close + 1
     return ids[:end], first, end, end
 
 

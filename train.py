@@ -52,7 +52,8 @@ def training_examples(tokenizer, chat, cut=()):
     examples, said = [], 0                                      # said: tokens until the end of the turn before
     for i in [i for i, message in enumerate(chat) if message["role"] == "assistant"]:
         ids, first, end, close = last_turn(tokenizer, chat[:i + 1])
-        labels = [-100] * first + ids[first:end] + ([-100] * (close - end) if i - 1 in cut else ids[end:close])
+        labels = [-100] * len(ids)
+        labels[first:end if i - 1 in cut else close] = ids[first:end if i - 1 in cut else close]
         if examples and ids[:said] == examples[-1][0][:said]:   # the turns before are shown as they were said
             labels[:said] = examples.pop()[1][:said]
         examples.append((ids, labels))

@@ -77,7 +77,7 @@ def test_readers_never_end_in_a_traceback(case, tmp_path_factory, capsys):
 
 
 @pytest.mark.parametrize("line, why", [
-    (b"{", "Expecting property name"), (b"[1]", "indices must be"), (b'{"task_id": "\xff"}', "utf-8"),
+    (b"{", "Expecting property name"), (b"[1]", "no attribute"), (b'{"task_id": "\xff"}', "utf-8"),
     (b'{"task_id": "x", "split": "A"}', "no field 'task'"), (b'{"split": "A", "refused": "r"}', "no field 'task_id'"),
     (b'{"task_id": 3, "split": "A", "task": "t"}', "task_id is 3, not str"), (b"[" * 99999, "recursion"),
     (b'{"task_id": "x", "split": "A", "task": NaN}', "not JSON compliant"),

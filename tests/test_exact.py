@@ -55,6 +55,7 @@ def test_log_probabilities_are_those_of_lm_evaluation_harness_on_the_same_texts(
         [log_prob for log_prob, _ in expected], rel=1e-5)
 
 
+@pytest.mark.filterwarnings("default::FutureWarning")            # TRL's own
 @pytest.mark.parametrize("template", MARKS)
 def test_the_loss_and_its_mask_are_those_of_trl(template, tmp_path):
     from datasets import Dataset

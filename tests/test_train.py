@@ -238,7 +238,7 @@ def test_precisions_from_the_command_line(run, world, tiny, monkeypatch):
         seen, real = [], train.load_model
         patch.setattr(train, "load_model", lambda path, dtype: seen.append(dtype) or real(path, dtype))
         out, _ = run(train, *flags("mixed", "--rounding", "stochastic"))        # as run.sh paper's: no rounding
-        assert seen == ["float32"] and "is lost" not in out
+        assert seen == ["float32", "bfloat16"] and "is lost" not in out
     AcceleratorState._reset_state(True)
     _, err = run(train, *flags("mixed", "--rounding", "stochastic"), status=2)
     assert "mixed_precision: 'bf16' there, 'no' now" in err
