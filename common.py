@@ -456,8 +456,9 @@ def served_model(spec):
     return name, url[0] if url else None
 
 
-# A server's errors: of one row, which is refused (these words); for ever (status 2); those that may pass (status 75).
+# A server's errors: of one row, which is refused; for ever (status 2); all others may pass (status 75).
 OF_A_ROW = "content.?(filter|policy)|moderation|safety|flagged|invalid_prompt|context.?(length|size)|too (long|many)"
+FOR_EVER = "insufficient_quota|credit.balance|billing"
 
 
 class ServerModel:
@@ -483,7 +484,7 @@ class ServerModel:
         response.read()
         if response.request.headers.get("x-stainless-retry-count", "0") != "0":
             self.repeated.append(response.status_code)
-        if "insufficient_quota" in response.text:
+        if response.status_code == 429 and re.search(FOR_EVER, response.text):
             response.headers["x-should-retry"] = "false"
         if response.status_code == 200 and '"finish_reason"' not in response.text and re.search(
                 r'"choices": ?null|"error": ?[{"]', response.text):                             # OpenRouter's
@@ -518,9 +519,10 @@ class ServerModel:
         except OpenAIError as error:
             status = error.status_code if isinstance(error, APIStatusError) else 503            # no answer at all
             why = self._mask(f"{status} {error.response.text}" if isinstance(error, APIStatusError) else str(error))
-            if status in (400, 403, 413, 422) and (self.answered or re.search(OF_A_ROW, why, re.IGNORECASE)):
+            own = self.answered and status != 403 or re.search(OF_A_ROW, why, re.IGNORECASE)
+            if status in (400, 403, 413, 422) and own and not re.search(FOR_EVER, why):
                 return Reply("", f"{why[:200]} (prompt)")
-            away = (status >= 500 or status in (408, 409, 429)) and "insufficient_quota" not in why
+            away = (status >= 500 or status in (408, 409, 429)) and not re.search(FOR_EVER, why)
             self.failure = (ConnectionError if away else OSError)(
                 f"{self.spec}: {why} (does its URL end in /v1? --extra, --system, --concurrency change what is sent)")
         except (ValueError, TypeError, AttributeError, LookupError) as error:

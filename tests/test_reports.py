@@ -143,6 +143,9 @@ def test_an_error_inside_a_200_is_asked_again_and_counted(run, world, server):
 def test_no_money_left_is_no_reason_to_wait(run, world, server):
     server.reply = lambda request: (429, {"error": {"message": "You exceeded it", "code": "insufficient_quota"}})
     assert "exceeded it" in ask_gold(run, world, server, "--concurrency", 1, status=2)[0] and len(server.requests) == 1
+    low = 400, {"error": {"message": "Your credit balance is too low"}}         # after answers, too
+    server.reply = lambda request: low if len(server.requests) > 4 else (200, "Gold.")
+    ask_gold(run, world, server, "--concurrency", 1, status=2, output="h.jsonl")
 
 
 @pytest.mark.parametrize("message, of_the_row", [
