@@ -5,6 +5,8 @@
 
 Run the second line in another terminal. Any stage and any role will do. The model's name is the person's. An empty
 line ends an answer. Ctrl-C or Ctrl-D ends the server. Nobody is asked the same messages twice, even after a restart.
+
+With --page people answer in a browser, several at a time: --page --role judge (docs/people.md has the commands).
 """
 import argparse
 import hashlib
@@ -17,7 +19,7 @@ from queue import SimpleQueue
 from threading import Thread
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the stages
-from common import HelpFormatter, number, printable, read_rows, run  # noqa: E402
+from common import PROMPTS, HelpFormatter, amount, fail, number, printable, read_rows, run  # noqa: E402
 from toy.server import Handler, Refused, Server, model_and_seed  # noqa: E402
 
 
@@ -34,36 +36,63 @@ def type_text(prompt):
     return text.strip()
 
 
+def row_of(request):
+    """A chat completion request (parsed JSON) -> its row: {"request": a hash, "model": a name, "messages": [...]}."""
+    name, _ = model_and_seed(request)
+    try:
+        chat = [{part: message[part] for part in ("role", "content")} for message in request["messages"]]
+        said = "\0".join([name, *(text for message in chat for text in message.values())])
+    except (KeyError, TypeError):
+        raise Refused("not a model and messages with role and content, all of them texts") from None
+    return {"request": hashlib.sha256(said.encode()).hexdigest(), "model": name, "messages": chat}
+
+
+def read_answers(path):
+    """The rows that an earlier server has written, and the file, open for more."""
+    file = open(path, "ab", buffering=0)
+    file.truncate(Path(path).read_bytes().rfind(b"\n") + 1)     # a kill may have torn the last line
+    return list(read_rows(path, {"request": str}, {"answer": str})), file
+
+
 class People(Server):
     """Any model name is a person's. answers: {request: Future of a text}; waiting: the rows that lack their answer."""
 
     def __init__(self, port, path):
-        self.answers, self.waiting, self.models, self.file = {}, SimpleQueue(), [], open(path, "ab", buffering=0)
-        self.file.truncate(Path(path).read_bytes().rfind(b"\n") + 1)     # a kill may have torn the last line
-        for row in read_rows(path, {"request": str}, {"answer": str}):
+        self.answers, self.waiting, self.models, (rows, self.file) = {}, SimpleQueue(), [], read_answers(path)
+        for row in rows:
             self.answers.setdefault(row["request"], Future()).set_result(row["answer"])
         super().__init__(("127.0.0.1", port), Handler)
 
     def reply(self, request):
         """A chat completion request (parsed JSON) -> the answer, once it is there; in a thread of its own."""
-        name, _ = model_and_seed(request)
-        try:
-            chat = [{part: message[part] for part in ("role", "content")} for message in request["messages"]]
-            said = "\0".join([name, *(text for message in chat for text in message.values())])
-        except (KeyError, TypeError):
-            raise Refused("not a model and messages with role and content, all of them texts") from None
-        key, new = hashlib.sha256(said.encode()).hexdigest(), Future()
-        if self.answers.setdefault(key, new) is new:            # whoever gave up, and asks again, is not shown again
-            self.waiting.put({"request": key, "model": name, "messages": chat})
-        return self.answers[key].result()
+        row, new = row_of(request), Future()
+        if self.answers.setdefault(row["request"], new) is new:  # whoever gave up, and asks again, is not shown again
+            self.waiting.put(row)
+        return self.answers[row["request"]].result()
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     parser.add_argument("--answers", default="runs/people.jsonl", metavar="FILE", help="answers are kept here (JSONL)")
     parser.add_argument("--port", type=number(int, 0, 65535), default=8000, help="0: any free one")
+    page = parser.add_argument_group("a web page, in the place of the terminal")
+    page.add_argument("--page", action="store_true", help="serve it")
+    page.add_argument("--role", choices="roleplayer judge oracle free".split(), default="free", help="that is shown")
+    page.add_argument("--prompts", default=PROMPTS, metavar="FOLDER", help="the script's: they tell what is what")
+    page.add_argument("--host", default="127.0.0.1", help="another one lets others in, who need a token")
+    page.add_argument("--hold", type=amount, default=900, metavar="S", help="seconds until another may get a request")
+    page.add_argument("--undo", type=amount, default=5, metavar="S", help="seconds in which an answer can be corrected")
     args = parser.parse_args()
     Path(args.answers).parent.mkdir(parents=True, exist_ok=True)
+    if args.page:
+        try:
+            from people.page import serve
+        except ImportError as error:
+            fail(f"--page: {error}. Run: pip install -r people/requirements.txt")
+        return serve(args)
+    defaults = [parser.get_default(flag) for flag in ("role", "prompts", "host", "hold", "undo")]
+    if [args.role, args.prompts, args.host, args.hold, args.undo] != defaults:
+        parser.error("--role, --prompts, --host, --hold and --undo belong to --page")
     server = People(args.port, args.answers)
     print(f"serving on http://127.0.0.1:{server.server_port}/v1, {len(server.answers)} answers kept", flush=True)
     Thread(target=server.serve_forever, daemon=True).start()
