@@ -6,12 +6,12 @@
 
 The history is m_1, s_1, ..., m_{i-1}, s_{i-1}: the path that was walked, a rejected reply where the coin chose it. Each
 round is an example of its own, and a loss falls on its reply alone, with its end-of-turn token. `--target rejected` is
-the paper's ablation. p_ref is --base: for `--stage dpo` the model that `--stage sft` has made. Its log-probabilities
-are computed once, and saved. (Left out: the paper mixes its SFT data with CodeActInstruct.)
+the paper's ablation. p_ref is --base: for `--stage dpo` the model that `--stage sft` has made. Each process keeps a
+frozen copy of it, which sees the very batches that the policy sees. (Left out: the paper mixes CodeActInstruct into its
+SFT data.)
 
     reads   --conversations     the rows of aloe/simulate.py
     writes  --output            a model folder that AutoModelForCausalLM and vLLM open; its log.jsonl as train.py's
-            OUTPUT.reference.jsonl      {"persona_id": "train0000", "round": 0, "reply": "preferred", "log_prob": -31.2}
 
 On a laptop (files from aloe/simulate.py's example):
     python aloe/train.py --stage sft --base aloe/toy/base --conversations runs/ac.jsonl --dtype float32 --lr 1e-3 \\
@@ -24,15 +24,16 @@ The paper's scale, 30,000 examples in batches of 48:
 """
 import sys
 from collections import defaultdict
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 
+import torch
 import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # first: there, too, are a simulate.py and a train.py
 from aloe.simulate import walked  # noqa: E402
-from common import (Rows, amount, fail, fraction, last_turn, natural, open_model, read_rows,  # noqa: E402
-                    read_settings, run, sample_pairs, save_all, say, seed_for, stage_parser, start_processes)
+from common import (amount, fail, fraction, last_turn, load_model, natural, read_rows,  # noqa: E402
+                    read_settings, run, sample_pairs, say, seed_for, stage_parser, start_processes)
 from train import collate, sum_loss, train  # noqa: E402
 
 
@@ -63,35 +64,26 @@ def dpo_loss(log_p, log_p_ref, beta):
     return -F.logsigmoid(preferred - rejected), rewards         # eq. 2: -log sigma(r(p_i) - r(r_i))
 
 
-def pair_loss(model, examples, device, beta):
-    """Sum of the DPO losses of [(ids, labels, ids, labels, reference)]: of a preferred and a rejected reply, and the
-    reference's log-probabilities of the two."""
-    both = [example[:2] for example in examples] + [example[2:4] for example in examples]
-    log_p = -sum_loss(model, *collate(both, device), "none").view(len(both), -1).sum(1)                 # (2B,)
-    log_p_ref = log_p.new_tensor([example[4] for example in examples]).T                                # (2, B)
-    return dpo_loss(log_p.view(2, -1), log_p_ref, beta)[0].sum()
+@lru_cache
+def reference(path, dtype, device):
+    """p_ref, frozen: the model folder as it was when training began, whole on this process's device."""
+    return load_model(path, dtype).to(device).requires_grad_(False)
 
 
-# On these log p_ref does not depend: a training with another --lr takes those that are there.
-NOT_OF_REFERENCE = ("beta", "lr", "warmup", "epochs", "micro_batch_size", "max_length", "validation", "clip",
-                    "gradient_checkpointing", "rounding")
+def pair_loss(model, examples, device, args):
+    """Sum of the DPO losses of [(ids, labels, ids, labels)]: of a preferred and a rejected reply.
 
+    The reference scores the same batch as the policy. In bfloat16 a batch of another shape changes a log-probability by
+    more than a step of training does, and a reward of a model over itself would not be 0.
+    """
+    ids, labels = collate([*(example[:2] for example in examples), *(example[2:] for example in examples)], device)
 
-def reference_log_probs(args, pairs):
-    """{(persona_id, round, reply): log p_ref(reply | history)}, computed once by --base and saved."""
-    processes = start_processes()
-    if processes.mixed_precision != "no":
-        fail("--stage dpo: its reference is computed in --dtype. Launch with mixed_precision 'no' (configs/fsdp.yaml).")
-    if read_settings(args.base).get("stage") != "sft":
-        say(processes, f"warning: --base {args.base} is not made by --stage sft, from which the paper's DPO starts.")
-    path, key = f"{args.output}.reference.jsonl", ("persona_id", "round", "reply")
-    rows = Rows(args, path, key, processes, NOT_OF_REFERENCE)
-    examples = {(*key, i, name): (ids, sum(label != -100 for label in labels)) for key, rounds in pairs.items()
-                for i, pair in rounds for name, (ids, labels) in pair.items()}
-    scores = () if all(key in rows for key in examples) else open_model(args.base, args, processes).score(
-        examples, rows, rows.share)
-    save_all(rows, examples, ((key, {"log_prob": p}) for key, p in scores), "reference log-probabilities")
-    return {key: rows[key]["log_prob"] for key in examples}
+    def log_p(of):                                              # (2, B): of the preferred, of the rejected
+        return -sum_loss(of, ids, labels, "none").view(2, len(examples), -1).sum(2)
+
+    with torch.no_grad():
+        log_p_ref = log_p(reference(args.base, args.dtype, device))
+    return dpo_loss(log_p(model), log_p_ref, args.beta)[0].sum()
 
 
 def read_examples(args, tokenizer):
@@ -106,9 +98,9 @@ def read_examples(args, tokenizer):
     pairs, too_long = defaultdict(list), 0
     for key in sample_pairs(whole, args.limit, args.seed):
         coin = (lambda i: seed_for(args.seed, "pairs", *key, i) % 2) if args.pairs == "coin" else None  # noqa: B023
-        for i, pair in enumerate(round_examples(tokenizer, whole[key]["rounds"], coin)):
+        for pair in round_examples(tokenizer, whole[key]["rounds"], coin):
             if max(len(ids) for ids, _ in pair.values()) <= args.max_length:
-                pairs[key].append((i, pair))
+                pairs[key].append(pair)
             else:
                 too_long += 1
     left_out = (f"{len(rows) - len(whole)} conversations refused, {too_long} rounds longer than {args.max_length} "
@@ -116,10 +108,8 @@ def read_examples(args, tokenizer):
     if not pairs:
         fail(f"{args.conversations}: no example to train on ({left_out}). Run aloe/simulate.py, or raise --max-length.")
     if args.stage == "sft":
-        return {key: [pair[args.target] for _, pair in rounds] for key, rounds in pairs.items()}, left_out
-    ref = reference_log_probs(args, pairs)
-    return {key: [(*pair["preferred"], *pair["rejected"], [ref[*key, i, name] for name in ("preferred", "rejected")])
-                  for i, pair in rounds] for key, rounds in pairs.items()}, left_out
+        return {key: [pair[args.target] for pair in of] for key, of in pairs.items()}, left_out
+    return {key: [(*pair["preferred"], *pair["rejected"]) for pair in of] for key, of in pairs.items()}, left_out
 
 
 def parse_args():
@@ -144,7 +134,6 @@ def parse_args():
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="of the weights")
     parser.add_argument("--rounding", choices=("nearest", "stochastic"), default="nearest",
                         help="of bfloat16 weights: docs/precision.md tells what nearest loses")
-    parser.set_defaults(max_refused=1.0)                        # Rows asks; nobody refuses here
     args = parser.parse_args()
     if args.stage == "dpo" and args.target != "preferred":
         parser.error("--target belongs to --stage sft: dpo learns from both replies")
@@ -154,7 +143,13 @@ def parse_args():
 
 def main():
     args = parse_args()
-    train(args, read_examples, "linear", partial(pair_loss, beta=args.beta) if args.stage == "dpo" else None)
+    if args.stage == "dpo":
+        processes = start_processes()
+        if processes.mixed_precision != "no":
+            fail("--stage dpo: its reference is computed in --dtype. Launch with mixed_precision 'no' (configs/fsdp.yaml).")
+        if read_settings(args.base).get("stage") != "sft":
+            say(processes, f"warning: --base {args.base} is not made by --stage sft, from which the paper's DPO starts.")
+    train(args, read_examples, "linear", partial(pair_loss, args=args) if args.stage == "dpo" else None)
 
 
 if __name__ == "__main__":

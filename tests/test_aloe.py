@@ -7,6 +7,8 @@ import re
 import subprocess
 import sys
 import time
+from argparse import Namespace
+from functools import partial
 
 import numpy as np
 import pytest
@@ -185,7 +187,7 @@ def test_the_mask_as_text(family):
 
 # ------------------------------------------------------------ DPO
 
-def test_dpo_is_trls(tmp_path):
+def test_dpo_is_trls(tmp_path, monkeypatch):
     """Loss, rewards and gradients on the same ids, with a reference that is another model; and one pair by hand."""
     losses, rewards = train.dpo_loss(torch.tensor([[-1.0], [-2.0]]), torch.tensor([[-1.5], [-1.0]]), 0.9)
     assert rewards[:, 0].tolist() == pytest.approx([0.45, -0.9])
@@ -216,11 +218,12 @@ def test_dpo_is_trls(tmp_path):
     losses, ours = train.dpo_loss(*both, 0.9)
     assert losses.mean().item() == pytest.approx(theirs.item(), abs=1e-5, rel=1e-5)
     assert ours.mean(1).tolist() == pytest.approx(rewards, abs=1e-5, rel=1e-5)
-    examples = [(*pair["preferred"], *pair["rejected"], ref.tolist()) for pair, ref in zip(pairs, both[1].T)]
+    monkeypatch.setattr(train, "reference", lambda *_: reference)
+    examples, args = [(*pair["preferred"], *pair["rejected"]) for pair in pairs], Namespace(
+        base="", dtype="float32", beta=0.9)
     for size in (1, 2, 8):
         model.zero_grad()
-        loss = loop.mean_loss(Accelerator(cpu=True), model, examples, size,
-                              lambda *given: train.pair_loss(*given, beta=0.9), learn=True)
+        loss = loop.mean_loss(Accelerator(cpu=True), model, examples, size, partial(train.pair_loss, args=args), learn=True)
         assert loss == pytest.approx(theirs.item(), abs=1e-5, rel=1e-5)
         for name, weight in model.named_parameters():
             assert torch.allclose(weight.grad, expected[name], atol=1e-5, rtol=1e-4), name
@@ -364,26 +367,20 @@ def test_from_conversations_to_the_table(run, world, server, tiny, monkeypatch):
     assert out[out.index("k=1"):].splitlines()[1].split()[:7] == "base T=1 2.00 4.00 3.00 2.000 1.000".split()
 
 
-def test_the_reference_is_computed_once(run, world, tiny, monkeypatch):
-    """A training that was killed finds its log-probabilities again; they are those of the replies with their ends."""
-    write_rows(world / "c.jsonl", [{**PEOPLE[i], "rounds": ROUNDS} for i in range(3)])
-    flags = ["--stage", "dpo", "--base", tiny, "--conversations", world / "c.jsonl", "--dtype", "float32",
-             "--output", world / "m"]
-    monkeypatch.setattr(loop, "mean_loss", lambda *_, **__: (_ for _ in ()).throw(OSError("pulled out")))
-    run(train, *flags, status=2)
-    monkeypatch.undo()
-    monkeypatch.setattr(train, "open_model", None)               # it would be called
-    saved = {(row["round"], row["reply"]): row["log_prob"] for row in read_lines(world / "m.reference.jsonl")}
-    flags += ["--lr", "1e-4"]                                    # on which the reference does not depend
+def test_dpo_starts_from_a_reward_of_nothing_in_bfloat16(run, world, tiny):
+    """With the reference's own weights each margin is 0, whatever a batch looks like, and the first loss is ln 2."""
+    write_rows(world / "c.jsonl", [{**PEOPLE[i], "rounds": ROUNDS[:1 + i % 3]} for i in range(6)])
+    flags = ["--stage", "dpo", "--base", tiny, "--conversations", world / "c.jsonl", "--lr", "1e-3", "--batch-size", 5,
+             "--validation", 0, "--output", world / "m"]
     out, _ = run(train, *flags)
-    assert "is not made by --stage sft" in out
-    assert "6 examples + 3 held out" in out and "trained already" in run(train, *flags)[0]
-    tokenizer, model = common.load_tokenizer(tiny), common.load_model(tiny, "float32").eval()
-    for i, pair in enumerate(train.round_examples(tokenizer, ROUNDS)):
-        for name, example in pair.items():
-            with torch.no_grad():
-                loss = loop.sum_loss(model, *loop.collate([example]))
-            assert saved[i, name] == pytest.approx(-loss.item(), rel=1e-5)
+    assert "is not made by --stage sft" in out and "12 examples + 0 held out" in out
+    losses = [row["loss"] for row in read_lines(world / "m/log.jsonl")]
+    assert losses[0] == pytest.approx(math.log(2), abs=1e-7) != losses[1]
+    model, tokenizer = common.load_model(tiny, "bfloat16"), common.load_tokenizer(tiny)
+    pairs = [(*pair["preferred"], *pair["rejected"]) for pair in train.round_examples(tokenizer, ROUNDS)]
+    args = Namespace(base=tiny, dtype="bfloat16", beta=0.9)
+    for batch in (pairs[:1], pairs[1:], pairs):
+        assert train.pair_loss(model, batch, "cpu", args).item() == pytest.approx(len(batch) * math.log(2), abs=1e-6)
     lacks, flags = "a round of train0000 lacks a text", [*flags, "--output", world / "other"]
     for row, why in (({"rounds": [{"user": "Hi"}]}, lacks), ({"rounds": [{**ROUNDS[0], "chosen": "other"}]}, lacks),
                      ({"refused": "user, round 1: empty"}, "no example to train on (1 conversations refused")):
