@@ -7,11 +7,14 @@
 
 The model sees the chat alone: no persona, no hint. An answer of the judge that is no whole number from 1 to 5 is
 unreadable: counted and left out. Intervals: 95 %, a bootstrap over personas.
+--second-judge scores the same replies, or some (section 5.4): the share of equal scores, and Cohen's kappa. It may be a
+person (people/server.py), and added later, to an evaluation that is there.
 
     reads   --personas      {"persona_id": "test0000", "split": "test", "profile": "...", "personality": "..."}
     writes  --output FOLDER     conversations.jsonl  {"persona_id", "split", "profile", "personality",
                                                       "rounds": [{"user": "...", "reply": "..."}]}
                                 scores.jsonl         {"persona_id", "round": 0, "score": 4, "raw": "4"}
+                                scores-NAME.jsonl    the second judge's
             --results       {"variant": "sft", "iteration": 0, "metric": "AL", "condition": "T=0", "roleplayer":
                              "aloe-user", "split": "test", "mean": 4.57, "sem": 0.04, "n": 100, "interval_95": [...],
                              "by_round": [4.12, ...]}      and rows of IR, N-IR and R2
@@ -26,15 +29,18 @@ The paper's scale, 100 x 10 x 2 calls (the paper: GPT-4o plays the user and judg
 """
 import re
 import sys
+from collections import Counter, defaultdict
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # first: there, too, is an evaluate.py
-from aloe.simulate import read_people, talk, talk_parser, user_speaker, walked  # noqa: E402
-from common import (Request, Rows, answer_all, fail, fingerprint, natural, read_prompts, run,  # noqa: E402
+from aloe.simulate import cuts, deal, read_people, roleplayer_chat, talk, talk_parser, walked  # noqa: E402
+from common import (Request, Rows, answer_all, fail, fingerprint, name_of, natural, read_prompts, run,  # noqa: E402
                     say, seed_for, start_processes)
 from evaluate import read_results, roleplayer_label, write_results  # noqa: E402
+from report.stats import jackknife, kappa  # noqa: E402
 
 PROMPTS = read_prompts("aloe_judge")
 
@@ -52,15 +58,15 @@ def read_score(raw):
 
 
 def improvement(al):
-    """{"AL": average, "IR", "N-IR", "R2"} of AL(1..K), floats; NaN where a curve of one height or point has none."""
-    al, k = np.array(al, float), np.arange(1, len(al) + 1)
-    dk, d = k - k.mean(), al - al.mean()
-    if np.ptp(al) == 0:
-        d = d * 0                                               # not a rest of rounding
+    """{"AL": average, "IR", "N-IR", "R2"} of curves AL(1..K), of shape (..., K); NaN where one of one height or point has
+    none."""
+    al, k = np.asarray(al, float), np.arange(1, np.shape(al)[-1] + 1)
+    height, dk = np.ptp(al, -1), k - k.mean()
+    d = np.where(height[..., None] == 0, 0, al - al.mean(-1, keepdims=True))       # not a rest of rounding
     with np.errstate(invalid="ignore", divide="ignore"):
-        slope = (dk @ d) / (dk @ dk)                            # eq. 3: argmin over b, a of sum (b k + a - AL(k))^2
-        return {"AL": float(al.mean()), "IR": float(slope), "N-IR": float(slope / np.float64(np.ptp(al))),  # eq. 4
-                "R2": float((dk @ d) ** 2 / ((dk @ dk) * (d @ d)))}
+        slope = d @ dk / (dk @ dk)                              # eq. 3: argmin over b, a of sum (b k + a - AL(k))^2
+        return {"AL": al.mean(-1), "IR": slope, "N-IR": slope / height,                                         # eq. 4
+                "R2": (d @ dk) ** 2 / ((dk @ dk) * (d * d).sum(-1))}
 
 
 def mean_sem(values):
@@ -69,16 +75,51 @@ def mean_sem(values):
     return {"mean": float(np.mean(values)), "sem": float(np.std(values, ddof=1) / n ** 0.5) if n > 1 else None, "n": n}
 
 
-def bootstrap(scores, seed, draws=2000):
-    """{name: [low, high]}: 95 % intervals of `improvement` over personas drawn with replacement. scores: (N, K), NaN
-    where the judge's answer was unreadable."""
-    chance, drawn = np.random.default_rng(seed), []
-    for _ in range(draws if len(scores) > 1 else 0):
-        sample = scores[chance.integers(len(scores), size=len(scores))]
-        if not np.isnan(sample).all(0).any():
-            drawn.append(improvement(np.nanmean(sample, 0)))
-    return {name: [float(np.nanpercentile([one[name] for one in drawn], q)) for q in (2.5, 97.5)]
-            for name in (drawn[0] if drawn else ()) if not np.isnan([one[name] for one in drawn]).all()}
+def bootstrap(scores, seed, baseline=None, draws=2000):
+    """{name: [low, high]}: 95 % intervals of `improvement`, and of the curve's points ("by_round"), over personas drawn
+    with replacement. With a baseline: of the difference to it, of the same people. scores, baseline: (N, K), NaN where
+    the judge's answer was unreadable. A draw without any score in a round has no part in it."""
+    people = np.random.default_rng(seed).integers(len(scores), size=(draws, len(scores)))               # (draws, N)
+
+    def drawn(of):
+        known = ~np.isnan(of[people])
+        with np.errstate(invalid="ignore"):
+            curves = np.where(known, of[people], 0).sum(1) / known.sum(1)                               # (draws, K)
+        return {**improvement(curves), "by_round": curves}
+
+    found, theirs = drawn(scores), {} if baseline is None else drawn(baseline)
+    found = {name: values - theirs.get(name, 0) for name, values in found.items()}
+    return {name: np.nanpercentile(values, (2.5, 97.5), axis=0).T.tolist() for name, values in found.items()
+            if len(scores) > 1 and not np.isnan(values).all(0).any()}
+
+
+def by_person(rows):
+    """{persona_id: K scores, NaN for an unreadable one} of the rows of scores.jsonl; not of people without any."""
+    people = defaultdict(dict)
+    for row in rows:
+        people[row["persona_id"]][row["round"]] = row.get("score") or np.nan
+    people = {who: np.array([scores[k] for k in sorted(scores)]) for who, scores in people.items()}
+    return {who: scores for who, scores in people.items() if not np.isnan(scores).all()}
+
+
+def chat(person, rounds, K, prompts):
+    """A conversation of K rounds, as steps for aloe/simulate.py's engine: the user, the model."""
+    for _ in range(K):
+        rounds.append({})
+        yield {"user": roleplayer_chat(person, walked(rounds), prompts)}
+        yield {"reply": walked(rounds)}
+
+
+def judgements(args, processes, judge, name, requests, **settings):
+    """The rows of one judge's scores, {(persona_id, round): row}."""
+    def score_row(_, reply):
+        score = read_score(reply.text)
+        return {"score": score, "raw": reply.text, **({} if score else {"refused": "unreadable"})}
+
+    rows = Rows(args, f"{args.output}/{name}.jsonl", ("persona_id", "round"), processes, ("variant", "second_judge",
+                "second_cases"), **settings, judge=fingerprint(judge))
+    answer_all(rows, requests, judge, (0.0, args.top_p, args.judge_max_tokens), name, score_row)
+    return rows
 
 
 def table(results):
@@ -101,6 +142,8 @@ def parse_args():
     parser = talk_parser(__doc__, "folder of the conversations and scores", "test")
     parser.add_argument("--judge", required=True, help="gives 1 to 5; the paper: GPT-4o")
     parser.add_argument("--judge-max-tokens", type=natural, default=16, help="length of a score")
+    parser.add_argument("--second-judge", metavar="MODEL", help="scores the same replies: agreement, and Cohen's kappa")
+    parser.add_argument("--second-cases", type=natural, metavar="N", help="some N of a round (the paper, people: 5)")
     parser.add_argument("--results", default="runs/aloe/results.jsonl", help="gets four rows; a rerun replaces them")
     parser.add_argument("--variant", required=True, help="the model's name in the table: base, sft, rejected, sft_dpo")
     return parser.parse_args()
@@ -110,41 +153,51 @@ def main():
     args = parse_args()
     people = read_people(args.personas, args.split, args.limit, args.seed)
     roleplay, judging = (read_prompts(name, folder=args.prompts) for name in ("aloe_roleplay", "aloe_judge"))
-    speakers = {"user": user_speaker(args, people, roleplay),
-                "reply": (lambda _: args.model, args.temperature, lambda _, said, now: said)}
+    cast = {"user": (deal(people, args), args.roleplayer_temperature),
+            "reply": (dict.fromkeys(people, args.model), args.temperature)}
     path, processes = f"{args.output}/conversations.jsonl", start_processes()
-    output = Rows(args, path, ("persona_id",), processes, ("variant", "judge", "judge_max_tokens"), **roleplay)
-    talk(output, people, [["user"], ["reply"]], speakers, lambda *_: {}, "conversations")
+    output = Rows(args, path, ("persona_id",), processes, ("variant", "judge", "judge_max_tokens", "second_judge",
+                  "second_cases"), **roleplay)
+    talk(output, people, lambda key, rounds: chat(people[key], rounds, args.rounds, roleplay), cast)
 
-    scores = Rows(args, f"{args.output}/scores.jsonl", ("persona_id", "round"), processes, ("variant",), **judging,
-                  conversations=fingerprint(path))              # those that are made again make the scores stale
     whole = [key for key in people if "refused" not in output[key]]                        # the N people who count
     requests = {(*key, k): Request(judge_chat(people[key], r["user"], r["reply"], judging),
                                    seed_for(args.seed, "judge", *key, k))
                 for key in whole for k, r in enumerate(output[key]["rounds"])}
-
-    def score_row(key, reply):
-        score = read_score(reply.text)
-        return {"score": score, "raw": reply.text, **({} if score else {"refused": "unreadable"})}
-
-    answer_all(scores, requests, args.judge, (0.0, args.top_p, args.judge_max_tokens), "scores", score_row)
-    matrix = np.array([[scores[(*key, k)]["score"] or np.nan for k in range(args.rounds)] for key in whole])   # (N, K)
-    matrix = matrix[~np.isnan(matrix).all(1)] if len(matrix) else matrix
+    judged = partial(judgements, args, processes, **judging, conversations=fingerprint(path))  # made again: scores are stale
+    scores = judged(args.judge, "scores", requests)
+    common_fields = {"variant": args.variant, "iteration": 0, "condition": f"T={args.temperature:g}",
+                     "roleplayer": roleplayer_label(path, None), "split": args.split}
+    matrix = np.array(list(by_person(scores[key] for key in requests).values()))                            # (N, K)
     if not len(matrix) or np.isnan(matrix).all(0).any():
         fail(f"{args.output}: a round without any readable score. Look at scores.jsonl, try another --judge.", status=1)
     by_round = np.nanmean(matrix, 0)                                                            # AL(1..K)
     means, intervals = improvement(by_round), bootstrap(matrix, args.seed)
-    spread = {**mean_sem(np.nanmean(matrix, 1).tolist()), "by_round": [round(float(al), 6) for al in by_round]}
-    common_fields = {"variant": args.variant, "iteration": 0, "condition": f"T={args.temperature:g}",
-                     "roleplayer": roleplayer_label(path, None), "split": args.split}
+    spread = {**mean_sem(np.nanmean(matrix, 1).tolist()), "by_round": by_round.round(6).tolist(),
+              "interval_by_round": intervals.get("by_round")}
     if processes.is_main_process:
         write_results(args.results, [{**common_fields, "metric": name, **(spread if name == "AL" else {"sem": None}),
-                                      "mean": None if np.isnan(mean) else mean, "n": len(matrix),
+                                      "mean": None if np.isnan(mean) else float(mean), "n": len(matrix),
                                       "interval_95": intervals.get(name)} for name, mean in means.items()])
         say(processes, "", *walked(output[whole[0]]["rounds"]), "",
             *table([row for row in read_results(args.results) if row["split"] == args.split]))
-    say(processes, f"{scores.summary()}; {sum(row['score'] is None for row in scores.values())} unreadable; "
-                   f"{len(people) - len(whole)} of {len(people)} conversations refused")
+    if args.second_judge:
+        few = [key for k in range(args.rounds) for key in sorted(
+            (key for key in requests if key[1] == k and scores[key]["score"]),
+            key=lambda key: (seed_for(args.seed, "second", *key), key))[:args.second_cases]]
+        name = name_of(args.second_judge)
+        file = "scores-" + re.sub(r"[^\w.]+", "-", name)
+        second = judged(args.second_judge, file, {key: requests[key] for key in few})
+        both = {key: (scores[key]["score"], second[key]["score"]) for key in few if second[key]["score"]}
+        found = {"agreement": lambda both: sum(a == b for a, b in both) / max(1, len(both)), "kappa": kappa}
+        found = {metric: jackknife(statistic, both) for metric, statistic in found.items()}
+        if processes.is_main_process:
+            write_results(args.results, [{**common_fields, "metric": f"{metric} with {name}", "mean": mean, "sem": None,
+                                          "n": len(both), "interval_95": interval}
+                                         for metric, (mean, interval) in found.items()])
+        say(processes, f"{second.summary()}; {len(few) - len(both)} unreadable")
+    say(processes, f"{output.summary()} ({cuts(output.values())}); {len(people) - len(whole)} refused",
+        f"{scores.summary()}; {sum(row['score'] is None for row in scores.values())} unreadable")
 
 
 if __name__ == "__main__":

@@ -24,8 +24,11 @@ The paper's scale, 3,000 x 10 x 4 = 120,000 calls (the paper: GPT-4o in all four
 """
 import re
 import sys
-from collections import defaultdict
+from collections import Counter, defaultdict
+from functools import partial
 from pathlib import Path
+
+import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # first: there, too, are a simulate.py and a train.py
 from common import (Request, Rows, add_model_flags, amount, fail, natural,  # noqa: E402
@@ -69,60 +72,66 @@ def invented(revealed, person):
     return sorted(told - known)
 
 
-def simulate(people, K, steps, choose, ask):
-    """Advances all conversations together, step by step, so that each step is one batch. Returns {key: row}.
+def tree(person, rounds, K, coin, prompts=PROMPTS):
+    """A conversation of K rounds, step by step. Each step says who is asked, as {field: messages that are seen}; whoever
+    goes through the steps puts the answers into the last of `rounds`. coin: round -> 0 or 1."""
+    for i in range(K):
+        rounds.append({})
+        yield {"user": roleplayer_chat(person, walked(rounds), prompts)}                                # m_i
+        yield {"revealed": inducer_chat(person, walked(rounds), prompts)}                               # e_i
+        yield {"preferred": hinted(walked(rounds), rounds[-1]["revealed"], prompts), "rejected": walked(rounds)}
+        rounds[-1]["chosen"] = ("preferred", "rejected")[coin(i)]                                       # s_i
 
-    people: {key: persona}; steps: lists of the fields of a round that are asked for at once; choose: (key, k) -> what
-    else a round has, such as which reply continues; ask: (k, [(key, field)], rows) -> yields ((key, field), Reply). A
-    conversation in which somebody declines or says nothing ends there, and its row gets `refused`.
+
+def simulate(talks, rows, ask):
+    """Advances all conversations together, so that each step is one batch.
+
+    talks: {key: steps, as of `tree`}; rows: {key: {"rounds": [], ...}}, whose rounds the talks fill; ask:
+    ({(key, field): messages}, rows) -> yields ((key, field), Reply). A conversation in which somebody declines or says
+    nothing ends there, and its row gets `refused`.
     """
-    rows = {key: {**person, "rounds": [], "cut": 0} for key, person in people.items()}
-    for k in range(K):
-        alive = {key: row for key, row in rows.items() if "refused" not in row}
-        for key, row in alive.items():
-            row["rounds"].append({})
-        for fields in steps:
-            asked = [(key, field) for key, row in alive.items() if "refused" not in row for field in fields]
-            replies = dict(ask(k, asked, rows))
-            for key, field in asked:                            # in their order, whichever came first
-                reply, now = replies[key, field], rows[key]["rounds"][-1]
-                now[field] = reply.text
-                if reply.refused or not reply.text:
-                    rows[key].setdefault("refused", f"{field}, round {k + 1}: {reply.refused or 'empty'}")
-                elif reply.cut:                                 # no end of it is to be learned
-                    now["cut"], rows[key]["cut"] = [*now.get("cut", []), field], rows[key]["cut"] + 1
-        for key, row in alive.items():
-            row["rounds"].pop() if "refused" in row else row["rounds"][-1].update(choose(key, k))
-    return rows
+    while asked := {(key, field): chat for key, talk in talks.items() if "refused" not in rows[key]
+                    for field, chat in next(talk, {}).items()}:
+        replies = dict(ask(asked, rows))
+        for key, field in asked:                                # in their order, whichever came first
+            reply, row = replies[key, field], rows[key]
+            row["rounds"][-1][field] = reply.text
+            if reply.refused or not reply.text:
+                row.setdefault("refused", f"{field}, round {len(row['rounds'])}: {reply.refused or 'empty'}")
+            elif reply.cut:                                     # no end of it is to be learned
+                row["rounds"][-1].setdefault("cut", []).append(field)
+                row["cut"] = row.get("cut", 0) + 1
+    for row in rows.values():
+        if "refused" in row:
+            row["rounds"].pop()
 
 
-def talk(output, people, steps, speakers, choose, what):
+def talk(output, people, steps, cast):
     """Simulates the conversations that `output` does not have, and saves them, a block of people at a time.
 
-    speakers: {field: (key -> model, temperature, (key, messages, this round) -> what it sees)}
+    steps: (key, rounds) -> the steps of a conversation, as of `tree`; cast: {field: ({key: model}, temperature)}
     """
     args = output.args
-    size = max(1, args.batch_size // max(map(len, steps)))      # two replies each: half as many
+    size = max(1, args.batch_size // 2)                         # a step may ask for two replies
     blocks = [list(people)[i:i + size] for i in range(0, len(people), size)]
     todo = [block for block in blocks if not all(key in output for key in block)]
-    specs = {model_of(key) for model_of, _, _ in speakers.values() for key in people}
-    models = {spec: open_model(spec, args, output.processes) for spec in specs if todo}
+    models = {spec: open_model(spec, args, output.processes)
+              for spec in {spec for of, _ in cast.values() for spec in of.values()} if todo}
 
-    def ask(k, asked, rows):
+    def ask(asked, rows):
         requests = defaultdict(dict)                            # two replies by one model share batch and history
-        for key, field in asked:
-            (model_of, temperature, chat), rounds = speakers[field], rows[key]["rounds"]
-            requests[model_of(key), temperature][key, field] = Request(
-                chat(key, walked(rounds), rounds[-1]), seed_for(args.seed, field, *key, k), key)
+        for (key, field), chat in asked.items():
+            (model_of, temperature), k = cast[field], len(rows[key]["rounds"]) - 1
+            requests[model_of[key], temperature][key, field] = Request(chat, seed_for(args.seed, field, *key, k), key)
         for (spec, temperature), of_it in requests.items():
             yield from models[spec].generate(of_it, temperature, args.top_p, args.max_tokens)
 
     def simulate_block(block):
-        rows = simulate({key: people[key] for key in block}, args.rounds, steps, choose, ask)
-        return [(key, {name: value for name, value in row.items() if value or name == "rounds"})
-                for key, row in rows.items()]
+        rows = {key: {**people[key], "rounds": []} for key in block}
+        simulate({key: steps(key, row["rounds"]) for key, row in rows.items()}, rows, ask)
+        return rows.items()
 
-    save_blocks(output, people, todo, simulate_block, what)
+    save_blocks(output, people, todo, simulate_block, "conversations")
 
 
 def read_people(path, split, limit, seed):
@@ -150,22 +159,32 @@ def talk_parser(manual, output, split):
     parser.add_argument("--temperature", type=amount, default=1.0, help="of the replies (the paper gives none)")
     parser.add_argument("--roleplayer-temperature", type=amount, default=1.0, help="of the user (nor here)")
     parser.add_argument("--top-p", type=nucleus, default=1.0, help="of the nucleus, for all")
-    parser.add_argument("--max-tokens", type=natural, default=400, help="length of a message, of either side")
-    add_model_flags(parser, batch_size=128)
+    parser.add_argument("--max-tokens", type=natural, default=400,
+                        help="length of a message, of either side (the release: 2048)")
+    add_model_flags(parser, batch_size=32)                      # a kill loses the calls of so many conversations
     return parser
 
 
-def user_speaker(args, people, prompts):
-    """The users, as a speaker for `talk`. A hash deals each person one of --roleplayer; the row tells its name."""
+def deal(people, args):
+    """{key: model} of the users, as `talk` casts them. A hash deals each person one of --roleplayer; the row tells its
+    name."""
     who, names = deal_users(people, args.roleplayer, args.seed)
     for key, row in people.items():
         row["roleplayer"] = names[who[key]]
-    return who.get, args.roleplayer_temperature, lambda key, said, _: roleplayer_chat(people[key], said, prompts)
+    return who
+
+
+def cuts(rows):
+    """ "of 240 rounds user 12, reply 11": how many texts of each kind were cut."""
+    rounds = [r for row in rows if "refused" not in row for r in row["rounds"]]
+    found = Counter(field for r in rounds for field in r.get("cut", ()))
+    return f"of {len(rounds)} rounds " + (", ".join(f"{field} {n}" for field, n in found.items()) or "none")
 
 
 def parse_args():
     parser = talk_parser(__doc__, "conversations (JSONL)", "train")
     parser.add_argument("--inducer", required=True, help="says what the user has shown; the paper: GPT-4o")
+    parser.add_argument("--rejected-model", metavar="MODEL", help="writes the rejected replies; default: --model")
     return parser.parse_args()
 
 
@@ -173,24 +192,26 @@ def main():
     args = parse_args()
     people = read_people(args.personas, args.split, args.limit, args.seed)
     prompts = read_prompts(*PROMPTS, folder=args.prompts)
-    speakers = {
-        "user": user_speaker(args, people, prompts),
-        "revealed": (lambda _: args.inducer, 0.0, lambda key, said, _: inducer_chat(people[key], said, prompts)),
-        "preferred": (lambda _: args.model, args.temperature,
-                      lambda _, said, now: hinted(said, now["revealed"], prompts)),
-        "rejected": (lambda _: args.model, args.temperature, lambda _, said, now: said)}
+    everybody = partial(dict.fromkeys, people)                  # one model for all of them
+    cast = {"user": (deal(people, args), args.roleplayer_temperature), "revealed": (everybody(args.inducer), 0.0),
+            "preferred": (everybody(args.model), args.temperature),
+            "rejected": (everybody(args.rejected_model or args.model), args.temperature)}
     output = Rows(args, args.output, ("persona_id",), start_processes(), **prompts)
-    talk(output, people, [["user"], ["revealed"], ["preferred", "rejected"]], speakers, lambda key, k: {
-        "chosen": ("preferred", "rejected")[seed_for(args.seed, "chosen", *key, k) % 2]}, "conversations")
+    talk(output, people, lambda key, rounds: tree(
+        people[key], rounds, args.rounds, lambda i: seed_for(args.seed, "chosen", *key, i) % 2, prompts), cast)
     whole = [row for row in output.values() if "refused" not in row]
     found = [(r["revealed"], row) for row in whole for r in row["rounds"]]
     nothing = sum(set(re.findall(r"\w+", told.lower())) <= {"profile", "personalities", "none"} for told, _ in found)
     strange = [words for told, row in found if (words := invented(told, row))]
     examples = ", ".join(sorted(set(sum(strange, [])))[:3]) or "none"
+    words = np.array([[len(r[name].split()) for name in ("preferred", "rejected")]
+                      for row in whole for r in row["rounds"]]).reshape(-1, 2)                          # (pairs, 2)
     for row in whole[:1]:
         say(output.processes, "", row["profile"], row["personality"], *walked(row["rounds"]), "")
-    say(output.processes, f"{output.summary()}; {len(found)} rounds: in {nothing} nothing was revealed, in "
+    say(output.processes, f"{output.summary()} ({cuts(whole)}); in {nothing} rounds nothing was revealed, in "
         f"{len(strange)} the inducer has words that are not in the persona ({examples})")
+    (p, r), longer = words.mean(0) if whole else (0, 0), (words[:, 0] > words[:, 1]).mean() if whole else 0
+    say(output.processes, f"{p:.1f} words in a preferred reply, {r:.1f} in a rejected one, of which {longer:.0%} are shorter")
 
 
 if __name__ == "__main__":

@@ -134,6 +134,7 @@ def test_pools_grow_and_personas_are_pairs(run, server, tmp_path):
 
 # ------------------------------------------------------------ conversations
 
+PROMPTS = simulate.PROMPTS
 PERSON = {"profile": "He has {two} hens.", "personality": "He is dry."}
 TALK = [{"role": "user", "content": "My hens {lay}."}, {"role": "assistant", "content": "Good."},
         {"role": "user", "content": "Yes."}]
@@ -284,7 +285,8 @@ def test_conversations(run, world, server):
             assert "(Hint" not in first, "no hint stays in the history"
             assert any(row["rounds"][0]["user"] == first and row["rounds"][0][row["rounds"][0]["chosen"]] == said
                        and last.startswith(row["rounds"][1]["user"]) for row in rows)
-    assert "12 rounds: in 0 nothing was revealed, in 2 the inducer has words" in out and "(cats)" in out
+    assert "0 cut at --max-tokens (of 12 rounds none); in 0 rounds nothing was revealed, in 2 the inducer has" in out
+    assert "(cats)\n3.0 words in a preferred reply, 2.0 in a rejected one, of which 100% are shorter" in out
     run(simulate, *talk_flags(world, server, None, "again.jsonl", "--batch-size", 1))
     assert read_lines(world / "again.jsonl") == rows, "the size of a block is no matter"
     run(simulate, *talk_flags(world, server, None, "few.jsonl", "--limit", 2))
@@ -318,13 +320,16 @@ def test_who_declines_or_says_nothing_talks_no_longer():
     """A server's empty answer comes as a refusal; a local model's does not. Others talk on."""
     said = {((1,), "reply", 0): common.Reply(""), ((3,), "user", 1): common.Reply("", "content_filter")}
 
-    def ask(k, asked, rows):
+    def ask(asked, rows):
         for key, field in reversed(asked):
+            k = len(rows[key]["rounds"]) - 1
             yield (key, field), said.get((key, field, k), common.Reply("x", cut=key == (2,)))
-    rows = simulate.simulate({(i,): PERSON for i in range(4)}, 2, [["user"], ["reply"]], lambda key, k: {}, ask)
-    assert rows[(1,)] == {**PERSON, "rounds": [], "cut": 0, "refused": "reply, round 1: empty"}
+    rows = {(i,): {"rounds": []} for i in range(4)}
+    simulate.simulate({key: evaluate.chat(PERSON, row["rounds"], 2, PROMPTS) for key, row in rows.items()}, rows, ask)
+    assert rows[(1,)] == {"rounds": [], "refused": "reply, round 1: empty"}
     assert rows[(3,)]["refused"] == "user, round 2: content_filter"
     assert rows[(0,)]["rounds"] == 2 * [{"user": "x", "reply": "x"}] and rows[(2,)]["cut"] == 4
+    assert simulate.cuts(rows.values()) == "of 4 rounds user 2, reply 2"
     assert rows[(2,)]["rounds"] == 2 * [{"user": "x", "reply": "x", "cut": ["user", "reply"]}]
 
 
