@@ -81,11 +81,16 @@ def filtered(pool, new, most):
     return results
 
 
+CHATTER = re.compile("(sure|certainly|of course|okay|here|below|i hope|i've|let me know|feel free|these)\\b", re.IGNORECASE)
+
+
 def texts_in(reply, cut=False):
-    """The texts of a reply, one a line, without numbers or bullets; not one that was cut, a heading, or very short."""
+    """The texts of a reply, one a line, without numbers or bullets; not a line that was cut, a heading, a very short
+    one, or what the writer says to whoever asked ("Here are twenty profiles for you")."""
     lines = reply.splitlines()[:-1 if cut else None]
     lines = [re.sub(r"^\s*(?:\d+[.):]|[-*•])\s+", "", line).strip() for line in lines]
-    return [line for line in lines if len(re.findall(r"\w+", line)) > 4 and not line.endswith(":")]
+    return [line for line in lines
+            if len(re.findall(r"\w+", line)) > 4 and not line.endswith(":") and not CHATTER.match(line)]
 
 
 def split_pool(pool, sizes, seed):
@@ -98,9 +103,44 @@ def split_pool(pool, sizes, seed):
 
 
 def pairs_of(profiles, personalities, how_many, seed):
-    """`how_many` random pairs, none twice."""
-    drawn = random.Random(seed).sample(range(len(profiles) * len(personalities)), how_many)
-    return [(profiles[i // len(personalities)], personalities[i % len(personalities)]) for i in drawn]
+    """`how_many` random pairs, none twice. The profiles come in turn, each equally often, or once less."""
+    chance = random.Random(seed)
+    of = [(profile, chance.sample(personalities, len(personalities))) for profile in chance.sample(profiles, len(profiles))]
+    return [(profile, order[turn]) for turn in range(len(personalities)) for profile, order in of][:how_many]
+
+
+def grow(args, pools, embed, replies, prompts):
+    """Grows {pool: texts} round by round, in place, and returns a row for each text that was written, the seeds' first,
+    the number of rounds, and the pools that were still growing. What the writer answered is in `replies`."""
+    vectors = {pool: embed(pools[pool]) for pool in pools}
+    rows = [{"pool": pool, "round": 0, "item": i, "text": text, "kept": True} for pool in pools
+            for i, text in enumerate(pools[pool])]
+    growing, r = list(pools), 0
+    while growing and r < args.rounds:
+        r += 1
+        requests = {(pool, r): growth_request(args, pool, r, pools[pool], prompts) for pool in growing}
+        answer_all(replies, requests, args.model, (args.temperature, args.top_p, args.max_tokens), f"pools, round {r}",
+                   lambda key, reply: {"reply": reply.text})
+        for pool in [pool for pool in growing if "refused" not in replies[pool, r]]:
+            new = texts_in(replies[pool, r]["reply"], "cut" in replies[pool, r])
+            new_vectors = embed(new) if new else vectors[pool][:0]
+            found = filtered(vectors[pool], new_vectors, args.similarity)
+            added = [text for text, (_, _, kept) in zip(new, found) if kept]
+            pools[pool] += added
+            rows += [{"pool": pool, "round": r, "item": i, "text": new[i], "kept": kept,
+                      "similarity": round(highest, 6), "nearest": pools[pool][nearest]}
+                     for i, (highest, nearest, kept) in enumerate(found)]
+            vectors[pool] = np.vstack([vectors[pool], new_vectors[[kept for _, _, kept in found]]])
+            if len(added) < args.until:
+                growing.remove(pool)
+    return rows, r, growing
+
+
+def growth_request(args, pool, r, members, prompts):
+    """Some random members as examples, with the request for 20 more."""
+    seed = seed_for(args.seed, pool, r)
+    shown = random.Random(seed).sample(members, min(args.examples, len(members)))
+    return Request([{"role": "user", "content": prompts[f"aloe_{pool}"].format(examples="\n".join(shown))}], seed)
 
 
 def split_sizes(text):
@@ -142,35 +182,7 @@ def main():
     everything = Rows(args, f"{name}.pools.jsonl", ("pool", "round", "item"), processes, made_of_it, **prompts)
     personas = Rows(args, args.output, ("persona_id",), processes, **prompts)
     embed = ngrams if args.embedder == "ngrams" else encoder(args.embedder)
-    vectors = {pool: embed(pools[pool]) for pool in pools}
-    rows = [{"pool": pool, "round": 0, "item": i, "text": text, "kept": True} for pool in pools
-            for i, text in enumerate(pools[pool])]
-    growing = list(pools)
-    for r in range(1, args.rounds + 1):
-        requests = {}
-        for pool in growing:
-            seed = seed_for(args.seed, pool, r)
-            shown = random.Random(seed).sample(pools[pool], min(args.examples, len(pools[pool])))
-            content = prompts[f"aloe_{pool}"].format(examples="\n".join(shown))
-            requests[pool, r] = Request([{"role": "user", "content": content}], seed)
-        answer_all(replies, requests, args.model, (args.temperature, args.top_p, args.max_tokens), f"pools, round {r}",
-                   lambda key, reply: {"reply": reply.text})
-        for pool in growing[:]:
-            if "refused" in replies[pool, r]:
-                continue
-            new = texts_in(replies[pool, r]["reply"], "cut" in replies[pool, r])
-            new_vectors = embed(new) if new else vectors[pool][:0]
-            found = filtered(vectors[pool], new_vectors, args.similarity)
-            members = pools[pool] + [text for text, (_, _, kept) in zip(new, found) if kept]
-            rows += [{"pool": pool, "round": r, "item": i, "text": new[i], "kept": kept,
-                      "similarity": round(highest, 6), "nearest": members[nearest]}
-                     for i, (highest, nearest, kept) in enumerate(found)]
-            vectors[pool] = np.vstack([vectors[pool], new_vectors[[kept for _, _, kept in found]]])
-            if len(members) - len(pools[pool]) < args.until:
-                growing.remove(pool)
-            pools[pool] = members
-        if not growing:
-            break
+    rows, rounds, growing = grow(args, pools, embed, replies, prompts)
 
     parts = [split_pool(pools[pool], {split: held if i else None for i, split in enumerate(args.splits)}, args.seed)
              for pool, held in zip(POOLS, args.held_out)]
@@ -189,11 +201,12 @@ def main():
                 output.add(row)
         output.finish()
     deviation = " (a deviation: they compare wording, not meaning)" if args.embedder == "ngrams" else ""
+    lines = sum(bool(line.strip()) for row in replies.values() for line in row.get("reply", "").splitlines())
     say(processes, "", made[0]["profile"], made[0]["personality"], "", f"{args.output}: {len(made)} personas of "
-        f"{len(pools['profiles'])} profiles and {len(pools['personalities'])} personalities; {r} rounds, of "
-        f"{len(rows)} texts {sum(not row['kept'] for row in rows)} discarded as similar by {args.embedder}{deviation}"
+        f"{len(pools['profiles'])} profiles and {len(pools['personalities'])} personalities; {rounds} rounds, of "
+        f"{len(rows)} texts {sum(not row['kept'] for row in rows)} discarded as similar by {args.embedder}{deviation}; "
+        f"{lines - sum(row['round'] > 0 for row in rows)} lines were no texts"
         + (f"; still growing: {' '.join(growing)}" if growing else ""))
-
 
 if __name__ == "__main__":
     run(main)

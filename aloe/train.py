@@ -92,9 +92,11 @@ def read_examples(args, tokenizer):
     whole = {key: row for key, row in rows.items() if "refused" not in row}
     for (persona_id,), row in whole.items():
         if not all(isinstance(r, dict) and r.get("chosen") in ("preferred", "rejected")
-                   and all(isinstance(r.get(name), str) for name in ("user", "preferred", "rejected"))
+                   and isinstance(r.get("cut", []), list)
+                   and all(isinstance(r.get(name), str) and r[name].strip() for name in ("user", "preferred", "rejected"))
                    for r in row["rounds"]):
-            fail(f"{args.conversations}: a round of {persona_id} lacks a text. These are rows of aloe/simulate.py.")
+            fail(f"{args.conversations}: a round of {persona_id} lacks a text, or its `cut` is no list. These are rows "
+                 "of aloe/simulate.py.")
     pairs, too_long = defaultdict(list), 0
     for key in sample_pairs(whole, args.limit, args.seed):
         coin = (lambda i: seed_for(args.seed, "pairs", *key, i) % 2) if args.pairs == "coin" else None  # noqa: B023

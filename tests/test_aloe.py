@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 import time
+from collections import Counter
 from argparse import Namespace
 from functools import partial
 
@@ -88,8 +89,8 @@ def test_an_encoders_mean_leaves_padding_out(tmp_path):
 
 
 def test_what_a_writer_writes_as_texts():
-    reply = ("Here are the 20 user profiles:\n---\nSure! Here you go.\n1. She sings in a small choir.\n"
-             "2) He is 3. He naps a lot.\n- Calm, kind, loud, shy, slow.\nNone\n17 years ago he skated.\nThe last is a")
+    reply = ("Here are the 20 user profiles:\nHere are twenty of them, as you asked\n---\nSure! Here you go.\n1. She sings in a small choir.\n"
+             "2) He is 3. He naps a lot.\n- Calm, kind, loud, shy, slow.\nNone\nI hope these are varied enough!\n17 years ago he skated.\nThe last is a")
     whole = ["She sings in a small choir.", "He is 3. He naps a lot.", "Calm, kind, loud, shy, slow.",
              "17 years ago he skated."]
     assert generate_personas.texts_in(reply, cut=True) == generate_personas.texts_in(reply) == whole
@@ -118,6 +119,7 @@ def test_pools_grow_and_personas_are_pairs(run, server, tmp_path):
         train_has, test_has = ({p[field] for p in people if p["split"] == split} for split in ("train", "test"))
         assert not train_has & test_has and len(test_has) <= held_out
     assert len({(p["profile"], p["personality"]) for p in people}) == 38
+    assert max(often := Counter(p["profile"] for p in people if p["split"] == "train").values()) - min(often) <= 1
     discarded, members = ([row for row in texts if row["kept"] == kept] for kept in (False, True))
     assert discarded and all((row["similarity"] > 0.6) != row["kept"] for row in texts if row["round"])
     assert {row["nearest"] for row in discarded} | {p["profile"] for p in people} <= {row["text"] for row in members}
@@ -388,6 +390,7 @@ def test_dpo_starts_from_a_reward_of_nothing_in_bfloat16(run, world, tiny):
         assert train.pair_loss(model, batch, "cpu", args).item() == pytest.approx(len(batch) * math.log(2), abs=1e-6)
     lacks, flags = "a round of train0000 lacks a text", [*flags, "--output", world / "other"]
     for row, why in (({"rounds": [{"user": "Hi"}]}, lacks), ({"rounds": [{**ROUNDS[0], "chosen": "other"}]}, lacks),
+                     ({"rounds": [{**ROUNDS[0], "preferred": " "}]}, lacks), ({"rounds": [{**ROUNDS[0], "cut": 5}]}, lacks),
                      ({"refused": "user, round 1: empty"}, "no example to train on (1 conversations refused")):
         write_rows(world / "c.jsonl", [{**PEOPLE[0], **row}])
         assert why in run(train, *flags, status=2)[1]
