@@ -10,37 +10,90 @@ import argparse
 import statistics
 import sys
 from collections import defaultdict
+from glob import glob
 from pathlib import Path
 
+import numpy as np
+
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # first: there, too, is a report.py
-from aloe.evaluate import table  # noqa: E402
-from common import fail, run  # noqa: E402
+from aloe.evaluate import bootstrap, by_person, improvement, table  # noqa: E402
+from common import fail, read_rows, read_settings, run  # noqa: E402
 from evaluate import read_results  # noqa: E402
+from report.stats import Table, as_text, cell  # noqa: E402
+
+PAPER = ("base", "sft", "sft_dpo", "rejected")                  # table 1's rows; all others are controls
+METRICS = ("AL", "IR", "N-IR", "R2")
+COLUMNS = (*METRICS, "fitting_manners", "used_facts", "invented_facts", "ceiling")
 
 
 def curves(results, condition):
-    """{model: [AL(1), ..., AL(K)]} at one temperature."""
-    return {row["variant"]: row["by_round"] for row in results
-            if row["metric"] == "AL" and row["condition"] == condition}
+    """{model: its row of AL(1), ..., AL(K)} at one temperature."""
+    return {row["variant"]: row for row in results if row["metric"] == "AL" and row["condition"] == condition}
 
 
-PAPER = ("base", "sft", "sft_dpo", "rejected")                  # table 1's rows; all others are controls
-COLUMNS = ("AL", "IR", "N-IR", "R2", "fitting_manners", "used_facts", "invented_facts")
+def spreads(results):
+    """The Table of all means with their intervals."""
+    found = {(row["variant"], row["condition"], row["metric"]): row for row in results}
+    return Table("95 % intervals (bootstrap over users)", ["", "users", *METRICS], [
+        [f"{variant} {condition}", str(row["n"]), *(cell(of["mean"], of.get("interval_95"), 2 if name == "AL" else 3)
+                                                    for name in METRICS for of in [found[variant, condition, name]])]
+        for (variant, condition, metric), row in found.items() if metric == "AL"])
+
+
+def contrasts(variants):
+    """[(model, another)] whose difference is of interest: to the base of the same users, and DPO to its SFT."""
+    pairs = [(one, "mute_base" if one.startswith("mute") else "base") for one in variants]
+    pairs += [(one, one.removesuffix("_dpo")) for one in variants]
+    return [(one, other) for one, other in pairs if one != other in variants]
+
+
+def differences(run, results, split):
+    """The Table of differences between two models of the same users, from scores.jsonl beside the conversations."""
+    lines = []
+    for condition in dict.fromkeys(row["condition"] for row in results if row["metric"] == "AL"):
+        for names in contrasts(curves(results, condition)):
+            one, other = (by_person(read_rows(f"{run}/{name}/{split}-{condition.replace('=', '')}/scores.jsonl",
+                                              {"persona_id": str, "round": int}, {"score": int})) for name in names)
+            one, other = (np.array([of[who] for who in sorted(one.keys() & other.keys())]) for of in (one, other))
+            means, intervals = (improvement(np.nanmean(of, 0)) for of in (one, other)), bootstrap(one, 0, other)
+            a, b = means
+            lines.append([f"{' - '.join(names)} {condition}", str(len(one)), *(
+                cell(a[name] - b[name], intervals.get(name), 2 if name == "AL" else 3) for name in ("AL", "IR"))])
+    return Table("Differences of the same users (95 % intervals; what contains 0 may be noise)",
+                 ["", "users", "AL", "IR"], lines)
+
+
+def check_seeds(runs, split):
+    """Ends the program where runs differ in more than their seeds: a mean over two worlds or bases means nothing."""
+    first, *others = ([{name: value for name, value in read_settings(path).items() if name not in (
+        "seed", "personas", "conversations")} for path in sorted(glob(f"{run}/base/{split}-T*/scores.jsonl"))]
+        for run in runs)
+    for run, settings in zip(runs[1:], others):
+        names = {name for a, b in zip(first, settings) for name in {**a, **b} if a.get(name) != b.get(name)}
+        if names or len(first) != len(settings):
+            fail(f"{runs[0]} and {run} are not two seeds of one run: base/ differs in "
+                 f"{', '.join(sorted(names)) or 'its temperatures'}. Report them one by one.")
 
 
 def over_seeds(runs):
-    """[results of a run, ...] -> lines: a line a model and temperature, each mean over the runs ± its standard
-    deviation; "-" where a run has none, as a flat curve has no N-IR."""
+    """[results of a run, ...] -> lines: a line a model or difference and temperature, each mean over the runs ± its
+    standard deviation; "-" where a run has none, as a flat curve has no N-IR."""
     values = defaultdict(list)
-    for row in (row for results in runs for row in results):
-        values[f"{row['variant']} {row['condition']}", row["metric"]].append(row["mean"])
+    for results in runs:
+        of = {(row["variant"], row["condition"], row["metric"]): row["mean"] for row in results if "with" not in row["metric"]}
+        for (variant, condition, metric), mean in of.items():
+            values[f"{variant} {condition}", metric].append(mean)
+        for condition in dict.fromkeys(condition for _, condition, _ in of):
+            for one, other in contrasts(curves(results, condition)):
+                for name in ("AL", "IR"):
+                    values[f"{one} - {other} {condition}", name].append(of[one, condition, name] - of[other, condition, name])
     models, columns = (list(dict.fromkeys(key[i] for key in values)) for i in (0, 1))
-    lines = [f"{'':<16}" + "".join(f"{name:>17}" for name in COLUMNS if name in columns)]
+    lines = [f"{'':<24}" + "".join(f"{name:>17}" for name in COLUMNS if name in columns)]
     for model in models:
         cells = [values.get((model, name), [None]) for name in COLUMNS if name in columns]
         cells = ["-" if None in means or len(means) < 2 else
                  f"{statistics.mean(means):.3f} ± {statistics.stdev(means):.3f}" for means in cells]
-        lines.append(f"{model:<16}" + "".join(f"{cell:>17}" for cell in cells))
+        lines.append(f"{model:<24}" + "".join(f"{cell:>17}" for cell in cells))
     return lines
 
 
@@ -55,9 +108,11 @@ def draw(results, folder):
         size = (5.5, 4.5 * len(panels))
         figure, axes = pyplot.subplots(len(panels), figsize=size, squeeze=False, layout="constrained")
         for ax, (title, panel) in zip(axes[:, 0], panels.items()):
-            for (model, al), (colour, marker, dash) in zip(panel.items(), 3 * STYLES):
-                ax.plot(range(1, len(al) + 1), al, color=colour, marker=marker, linestyle=dash, markersize=4,
-                        label=model)
+            for (model, row), (colour, marker, dash) in zip(panel.items(), 3 * STYLES):
+                k = range(1, len(row["by_round"]) + 1)
+                ax.plot(k, row["by_round"], color=colour, marker=marker, linestyle=dash, markersize=4, label=model)
+                if row.get("interval_by_round"):
+                    ax.fill_between(k, *zip(*row["interval_by_round"]), color=colour, alpha=0.15, linewidth=0)
             ax.set(xlabel="round k", ylabel="AL(k)", ylim=(1, 5), title=f"{title} ({condition})")
             ax.legend(frameon=False, fontsize=9, loc="upper center", bbox_to_anchor=(0.5, -0.14), ncols=4)
         names.append(f"al-{condition.replace('=', '')}")
@@ -76,7 +131,9 @@ def main():
     for run, results in zip(args.runs, runs):
         if not any(row["metric"] == "AL" for row in results):
             fail(f"{run}/results.jsonl: no results on split {args.split}. aloe/evaluate.py writes them.")
-    print(*(table(runs[0]) if len(runs) == 1 else over_seeds(runs)), sep="\n")
+    check_seeds(args.runs, args.split)
+    print(*(over_seeds(runs) if len(runs) > 1 else [
+        *table(runs[0]), *as_text(spreads(runs[0])), *as_text(differences(args.runs[0], runs[0], args.split))]), sep="\n")
     try:
         for run, results in zip(args.runs, runs):
             folder = Path(run, "report")

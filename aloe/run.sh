@@ -7,7 +7,7 @@
 # stopped: start it again with the same words. If a setting has changed, a stage says what to delete.
 #   PRINT=1   prints all commands and runs none; | python report/cost.py --prices IN OUT adds them up
 #   LIMIT=6   a rehearsal: everything, with six personas of each split, in a folder of its own
-#   ORACLE=openai:MODEL WRITER= ROLEPLAYER= INDUCER= JUDGE= TEACHER=   (who writes both replies of a pair)
+#   ORACLE=openai:MODEL WRITER= ROLEPLAYER= INDUCER= TEACHER= (who writes both replies of a pair) JUDGE= SECOND_JUDGE=
 #   VARIANTS="sft sft_dpo rejected coin foreign mute"    base is always there; the last three are controls
 #   TEMPERATURES="0 1" of the evaluated replies; CONVERSATIONS=n to train on; PERSONA_SPLITS=train=3310,dev=100,test=100
 #   RUN=folder SEED= SPLIT=dev ROUNDS= BASE=folder GPUS= LAUNCH= LAUNCH_TRAINING= WAIT_HOURS= EXTRA= SERVE="vllm serve"
@@ -28,7 +28,7 @@ toy | smoke)
     # The world's texts are of one form: two different users are as similar as two paraphrases elsewhere.
     PERSONA=(--embedder ngrams --similarity 0.9 --rounds 8 --held-out 30 20
              --profiles "$RUN/seeds/profiles.jsonl" --personalities "$RUN/seeds/personalities.jsonl")
-    TALK="--dtype float32 --max-tokens 32" LEARN="--dtype float32 --micro-batch-size 16"
+    TALK="--dtype float32 --max-tokens 32 --batch-size 128" LEARN="--dtype float32 --micro-batch-size 16"
     SFT_FLAGS="--lr 1e-3 $SFT_FLAGS" DPO_FLAGS="--lr 3e-4 $DPO_FLAGS"           # for 0.2 M parameters; chosen on dev
     SERVER_FLAGS="--concurrency 8 $SERVER_FLAGS"
     export OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false no_proxy=127.0.0.1 ;;
@@ -62,14 +62,17 @@ TALKS=(--personas "$RUN/personas.jsonl" --seed "$SEED" ${ROUNDS:+--rounds "$ROUN
 simulate() {    # NAME INDUCER: conversations of preference pairs, with the user of the moment
     stage "${SERVED[@]}" $LAUNCH aloe/simulate.py "${TALKS[@]}" ${CONVERSATIONS:+--limit "${LIMIT:-$CONVERSATIONS}"} \
         --model "$TEACHER" --roleplayer $user --inducer "$2" --output "$RUN/$1.jsonl" "${ASKED[@]}" $SIMULATE_FLAGS
+    measure "teacher_$1" "$RUN/$1.jsonl"
+}
+measure() {     # NAME CONVERSATIONS: only the embedded world can count facts
+    [ -z "$toy" ] || stage python aloe/toy/measure.py --variant "$1" --conversations "$2" --results "$RUN/results.jsonl"
 }
 evaluate() {    # NAME MODEL
     for T in $TEMPERATURES; do
         stage "${SERVED[@]}" $LAUNCH aloe/evaluate.py "${TALKS[@]}" --variant "$1" --model "$2" --split "$SPLIT" \
-            --temperature "$T" --roleplayer $user --judge "$JUDGE" --output "$RUN/$1/$SPLIT-T$T" \
-            --results "$RUN/results.jsonl" "${ASKED[@]}" $EVALUATE_FLAGS
-        [ -z "$toy" ] || stage python aloe/toy/measure.py --variant "$1" --evaluation "$RUN/$1/$SPLIT-T$T" \
-            --results "$RUN/results.jsonl"                      # only the embedded world can count facts
+            --temperature "$T" --roleplayer $user --judge "$JUDGE" ${SECOND_JUDGE:+--second-judge "$SECOND_JUDGE"} \
+            --output "$RUN/$1/$SPLIT-T$T" --results "$RUN/results.jsonl" "${ASKED[@]}" $EVALUATE_FLAGS
+        measure "$1" "$RUN/$1/$SPLIT-T$T/conversations.jsonl"
     done
 }
 learn() {       # NAME STAGE BASE PAIRS FLAGS ...: a model, and its evaluation

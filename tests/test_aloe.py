@@ -467,10 +467,32 @@ def test_run_sh_prints_the_papers_run_and_names_what_is_wrong(tmp_path):
     assert "bash aloe/run.sh smoke" in run_sh("large")[1]
 
 
-def test_the_curve_and_the_means_over_seeds():
-    rows = [{"variant": "base", "metric": metric, "condition": condition, "mean": 3.0, "by_round": [2.0, 4.0]}
-            for condition in ("T=0", "T=1") for metric in ("AL", "IR", "R2")]
-    assert report.curves(rows, "T=1") == {"base": [2.0, 4.0]} and report.curves(rows, "T=2") == {}
+def test_differences_are_of_the_same_users_and_seeds_are_of_one_base(run, tmp_path):
+    """People who differ a lot, and a model that is better for each by .5: narrow for the difference alone."""
+    level, rows = np.random.default_rng(0).normal(3, 1, 40), []
+    for variant, gain in (("base", 0), ("sft", 0.5)):
+        scores = {(i, k): level[i] + (k + 1) * gain for i in range(40) for k in range(2)}
+        (tmp_path / f"run/{variant}/test-T0").mkdir(parents=True)
+        write_rows(tmp_path / f"run/{variant}/test-T0/scores.jsonl", [
+            {"persona_id": f"p{i:02d}", "round": k, "score": round(1000 * score)} for (i, k), score in scores.items()
+            if (variant, i) != ("sft", 7)])                     # she counts in neither
+        rows += [{"variant": variant, "iteration": 0, "metric": metric, "condition": "T=0", "roleplayer": "u", "split":
+                  "test", "mean": 3.0 + gain, "n": 40, "sem": None, "by_round": [2.0, 4.0], "interval_95": [2.5, 3.5]}
+                 for metric in ("AL", "IR", "N-IR", "R2")]
+    (line,) = report.differences(tmp_path / "run", rows, "test").rows
+    assert line == ["sft - base T=0", "39", "750.00 (750.00 to 750.00)", "500.000 (500.000 to 500.000)"]
+    _, first, *_ = report.as_text(report.spreads(rows))[2:]
+    assert first.split()[:6] == "base T=0 40 3.00 (2.50 to".split()
     other = [{**row, "mean": None if row["metric"] == "R2" else row["mean"] + 1} for row in rows]
-    head, first, _ = report.over_seeds([rows, other])
-    assert head.split() == ["AL", "IR", "R2"] and first.split() == "base T=0 3.500 ± 0.707 3.500 ± 0.707 -".split()
+    head, first, *_, last = report.over_seeds([rows, other])
+    assert head.split() == ["AL", "IR", "N-IR", "R2"]
+    assert first.split() == "base T=0 3.500 ± 0.707 3.500 ± 0.707 3.500 ± 0.707 -".split()
+    assert last.split() == "sft - base T=0 0.500 ± 0.000 0.500 ± 0.000 - -".split()
+    for name, more in (("run", {}), ("other", {}), ("smoke", {"rounds": 6})):
+        (tmp_path / f"{name}/base/test-T0").mkdir(parents=True, exist_ok=True)
+        write_rows(tmp_path / f"{name}/results.jsonl", rows)
+        (tmp_path / f"{name}/base/test-T0/scores.jsonl").touch()
+        (tmp_path / f"{name}/base/test-T0/scores.jsonl.settings.json").write_text(json.dumps({"rounds": 10, **more}))
+    report.check_seeds([tmp_path / "run", tmp_path / "other"], "test")
+    _, err = run(report, tmp_path / "run", tmp_path / "smoke", status=2)
+    assert "not two seeds of one run: base/ differs in rounds" in err

@@ -9,7 +9,7 @@ import threading
 import pytest
 from openai import OpenAI
 
-from aloe.toy import pretrain, server, world
+from aloe.toy import measure, pretrain, server, world
 from common import read_prompts
 from conftest import ROOT, read_lines, write_rows
 
@@ -146,20 +146,26 @@ def test_measure_by_hand(tmp_path):
     rows = [{**person, "persona_id": f"p{i}", "rounds": [dict(zip(("user", "reply"), pair)) for pair in talk]}
             for i, talk in enumerate(talks)] + [{"persona_id": "p2", "refused": "reply, round 1: empty"}]
     write_rows(tmp_path / "conversations.jsonl", rows)
-    command = [sys.executable, ROOT / "aloe/toy/measure.py", "--variant", "sft", "--evaluation", tmp_path, "--results",
-               tmp_path / "results.jsonl"]
+    command = [sys.executable, ROOT / "aloe/toy/measure.py", "--variant", "sft", "--conversations",
+               tmp_path / "conversations.jsonl", "--results", tmp_path / "results.jsonl"]
     (tmp_path / "conversations.jsonl.settings.json").write_text(json.dumps(
         {"temperature": 0.0, "split": "dev", "roleplayer": "openai:aloe-user"}))
     for _ in range(2):
         subprocess.run(command, check=True)
     found = {row["metric"]: row for row in read_lines(tmp_path / "results.jsonl")}
-    expected = {"fitting_manners": (2 / 3, 1 / 6), "used_facts": (1, 0), "invented_facts": (0.5, 1.5)}
+    expected = {"fitting_manners": (2 / 3, 1 / 6), "used_facts": (1, 0), "invented_facts": (0.5, 1.5),
+                "ceiling": (3.5, (2.5 + 4) / 2)}                # 1 + 3/2, + 1 for a fact, + 1/2 for a manner
     assert list(found) == sorted(expected)
     for metric, (first, second) in expected.items():
         row = found[metric]
         assert row["mean"] == pytest.approx((first + second) / 2) and row["n"] == 2, metric
         assert row["sem"] == pytest.approx(abs(first - second) / 2), "of two independent values"
         assert (row["condition"], row["roleplayer"], row["split"]) == ("T=0", "aloe-user", "dev")
+    pairs = [{"user": "Yo.", "preferred": "Dear friend, Noted.", "rejected": said} for said in ("Noted.", "Oslo", "")]
+    pairs.append({**pairs[0], "rejected": "Dear friend, dog, Noted. Take care."})
+    scores = measure.measure(world.read_persona(profile, person["personality"]), pairs)
+    assert scores == {"preferred": [3] * 4, "rejected": [2, 1, 1, 5], "better": [1, 1, 1, 0], "worse": [0, 0, 0, 1],
+                      "ceiling": [3] * 4}
     assert found["invented_facts"]["by_round"] == [0.5, 1.5] and found["used_facts"]["by_round"] == [0.5, 0.5]
 
 
