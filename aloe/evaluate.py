@@ -19,13 +19,7 @@ person (people/server.py), and added later, to an evaluation that is there.
                              "aloe-user", "split": "test", "mean": 4.57, "sem": 0.04, "n": 100, "interval_95": [...],
                              "by_round": [4.12, ...]}      and rows of IR, N-IR and R2
 
-On a laptop, with the embedded world's server (aloe/toy/server.py) running:
-    python aloe/evaluate.py --model runs/am --variant sft --roleplayer openai:aloe-user@http://127.0.0.1:8766/v1 \\
-        --judge openai:aloe-judge@http://127.0.0.1:8766/v1 --dtype float32 --max-tokens 32 --personas runs/ap.jsonl \\
-        --output runs/ae --results runs/ar.jsonl
-The paper's scale, 100 x 10 x 2 calls (the paper: GPT-4o plays the user and judges):
-    python aloe/evaluate.py --model runs/aloe/dpo --variant sft_dpo --roleplayer openai:MODEL --judge openai:MODEL \\
-        --personas runs/aloe/personas.jsonl --output runs/aloe/eval/dpo --results runs/aloe/results.jsonl
+Its command, on a laptop and at the paper's scale (100 x 10 x 2 calls): PRINT=1 bash aloe/run.sh [paper]
 """
 import re
 import sys
@@ -39,7 +33,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # first: there, to
 from aloe.simulate import cuts, deal, read_people, roleplayer_chat, talk, talk_parser, walked  # noqa: E402
 from common import (Request, Rows, answer_all, fail, fingerprint, name_of, natural, read_prompts, run,  # noqa: E402
                     say, seed_for, start_processes)
-from evaluate import read_results, roleplayer_label, write_results  # noqa: E402
+from evaluate import roleplayer_label, write_results  # noqa: E402
 from report.stats import jackknife, kappa  # noqa: E402
 
 PROMPTS = read_prompts("aloe_judge")
@@ -102,6 +96,11 @@ def by_person(rows):
     return {who: scores for who, scores in people.items() if not np.isnan(scores).all()}
 
 
+def agreement(pairs):
+    """The share of [(one judge's score, another's)] that are equal."""
+    return sum(one == other for one, other in pairs) / max(1, len(pairs))
+
+
 def chat(person, rounds, K, prompts):
     """A conversation of K rounds, as steps for aloe/simulate.py's engine: the user, the model."""
     for _ in range(K):
@@ -120,22 +119,6 @@ def judgements(args, processes, judge, name, requests, **settings):
                 "second_cases"), **settings, judge=fingerprint(judge))
     answer_all(rows, requests, judge, (0.0, args.top_p, args.judge_max_tokens), name, score_row)
     return rows
-
-
-def table(results):
-    """Lines of the paper's table 1, for the rows of a split: a line a model and temperature, a column a round."""
-    users = {row["roleplayer"] for row in results}
-    rows = {(f"{row['variant']} {row['condition']}" + f" ({row['roleplayer']})" * (len(users) > 1), row["metric"]): row
-            for row in results}
-    K, width = max(len(row.get("by_round", ())) for row in results), max(len(who) for who, _ in rows)
-    lines = [" " * width + "".join(f"{f'k={k}':>6}" for k in range(1, K + 1)) + "".join(
-        f"{name:>8}" for name in ("Average", "IR", "N-IR", "R2"))]
-    for (who, metric), row in rows.items():
-        if metric == "AL":
-            means = [rows[who, name]["mean"] for name in ("IR", "N-IR", "R2")]
-            lines.append(f"{who:<{width}}" + "".join(f"{al:6.2f}" for al in row["by_round"]).ljust(6 * K)
-                         + f"{row['mean']:8.2f}" + "".join("       -" if m is None else f"{m:8.3f}" for m in means))
-    return lines
 
 
 def parse_args():
@@ -166,35 +149,33 @@ def main():
                 for key in whole for k, r in enumerate(output[key]["rounds"])}
     judged = partial(judgements, args, processes, **judging, conversations=fingerprint(path))  # made again: scores are stale
     scores = judged(args.judge, "scores", requests)
-    common_fields = {"variant": args.variant, "iteration": 0, "condition": f"T={args.temperature:g}",
-                     "roleplayer": roleplayer_label(path, None), "split": args.split}
+
+    def add_results(metrics):
+        if processes.is_main_process:
+            write_results(args.results, [{"variant": args.variant, "iteration": 0, "condition": f"T={args.temperature:g}",
+                                          "roleplayer": roleplayer_label(path, None), "split": args.split,
+                                          "metric": metric, **fields} for metric, fields in metrics.items()])
+
     matrix = np.array(list(by_person(scores[key] for key in requests).values()))                            # (N, K)
     if not len(matrix) or np.isnan(matrix).all(0).any():
         fail(f"{args.output}: a round without any readable score. Look at scores.jsonl, try another --judge.", status=1)
-    by_round = np.nanmean(matrix, 0)                                                            # AL(1..K)
-    means, intervals = improvement(by_round), bootstrap(matrix, args.seed)
-    spread = {**mean_sem(np.nanmean(matrix, 1).tolist()), "by_round": by_round.round(6).tolist(),
-              "interval_by_round": intervals.get("by_round")}
-    if processes.is_main_process:
-        write_results(args.results, [{**common_fields, "metric": name, **(spread if name == "AL" else {"sem": None}),
-                                      "mean": None if np.isnan(mean) else float(mean), "n": len(matrix),
-                                      "interval_95": intervals.get(name)} for name, mean in means.items()])
-        say(processes, "", *walked(output[whole[0]]["rounds"]), "",
-            *table([row for row in read_results(args.results) if row["split"] == args.split]))
+    by_round, intervals = np.nanmean(matrix, 0), bootstrap(matrix, args.seed)                   # AL(1..K)
+    found = {name: {"mean": None if np.isnan(mean) else float(mean), "sem": None, "n": len(matrix),
+                    "interval_95": intervals.get(name)} for name, mean in improvement(by_round).items()}
+    found["AL"] |= {**mean_sem(np.nanmean(matrix, 1).tolist()), "by_round": by_round.round(6).tolist(),
+                    "interval_by_round": intervals.get("by_round")}
+    say(processes, "", *walked(output[whole[0]]["rounds"]), "")
+    add_results(found)
     if args.second_judge:
         few = [key for k in range(args.rounds) for key in sorted(
             (key for key in requests if key[1] == k and scores[key]["score"]),
             key=lambda key: (seed_for(args.seed, "second", *key), key))[:args.second_cases]]
         name = name_of(args.second_judge)
-        file = "scores-" + re.sub(r"[^\w.]+", "-", name)
-        second = judged(args.second_judge, file, {key: requests[key] for key in few})
+        second = judged(args.second_judge, "scores-" + name.replace("/", "-"), {key: requests[key] for key in few})
         both = {key: (scores[key]["score"], second[key]["score"]) for key in few if second[key]["score"]}
-        found = {"agreement": lambda both: sum(a == b for a, b in both) / max(1, len(both)), "kappa": kappa}
-        found = {metric: jackknife(statistic, both) for metric, statistic in found.items()}
-        if processes.is_main_process:
-            write_results(args.results, [{**common_fields, "metric": f"{metric} with {name}", "mean": mean, "sem": None,
-                                          "n": len(both), "interval_95": interval}
-                                         for metric, (mean, interval) in found.items()])
+        add_results({f"{metric} with {name}": {"mean": mean, "interval_95": interval, "sem": None, "n": len(both)}
+                     for metric, statistic in (("agreement", agreement), ("kappa", kappa))
+                     for mean, interval in [jackknife(statistic, both)]})
         say(processes, f"{second.summary()}; {len(few) - len(both)} unreadable")
     say(processes, f"{output.summary()} ({cuts(output.values())}); {len(people) - len(whole)} refused",
         f"{scores.summary()}; {sum(row['score'] is None for row in scores.values())} unreadable")

@@ -12,13 +12,7 @@ Each split but the first keeps --held-out members of the pools for itself. Its p
                                          "similarity": 0.71, "nearest": "..."}     all that were written, and the seeds
             OUTPUT's .replies.jsonl     {"pool": "profiles", "round": 1, "reply": "..."}      what was paid for
 
-On a laptop, with the embedded world's server (aloe/toy/server.py) running:
-    python aloe/toy/world.py --seed 42 --output runs/seeds
-    python aloe/generate_personas.py --model openai:aloe-writer@http://127.0.0.1:8766/v1 --embedder ngrams --rounds 3 \\
-        --profiles runs/seeds/profiles.jsonl --personalities runs/seeds/personalities.jsonl --similarity 0.95 \\
-        --splits train=40,test=10 --output runs/ap.jsonl
-The paper's scale, 330 profiles and 71 personalities, some 30 calls (the paper: GPT-4o):
-    python aloe/generate_personas.py --model openai:MODEL --output runs/aloe/personas.jsonl
+Its command, on a laptop and at the paper's scale (some 30 calls): PRINT=1 bash aloe/run.sh [paper]
 """
 import random
 import re

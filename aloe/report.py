@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # first: there, too, is a report.py
-from aloe.evaluate import bootstrap, by_person, improvement, table  # noqa: E402
+from aloe.evaluate import bootstrap, by_person, improvement  # noqa: E402
 from common import fail, read_rows, read_settings, run  # noqa: E402
 from evaluate import read_results  # noqa: E402
 from report.stats import Table, as_text, cell  # noqa: E402
@@ -31,13 +31,17 @@ def curves(results, condition):
     return {row["variant"]: row for row in results if row["metric"] == "AL" and row["condition"] == condition}
 
 
-def spreads(results):
-    """The Table of all means with their intervals."""
-    found = {(row["variant"], row["condition"], row["metric"]): row for row in results}
-    return Table("95 % intervals (bootstrap over users)", ["", "users", *METRICS], [
-        [f"{variant} {condition}", str(row["n"]), *(cell(of["mean"], of.get("interval_95"), 2 if name == "AL" else 3)
-                                                    for name in METRICS for of in [found[variant, condition, name]])]
-        for (variant, condition, metric), row in found.items() if metric == "AL"])
+def table(results):
+    """Lines of the paper's table 1: a line a model and temperature, a column a round."""
+    found = {(f"{row['variant']} {row['condition']}", row["metric"]): row for row in results}
+    models = {who: row for (who, metric), row in found.items() if metric == "AL"}
+    K, width = max(len(row["by_round"]) for row in models.values()), max(map(len, models))
+    yield " " * width + "".join(f"{f'k={k}':>6}" for k in range(1, K + 1)) + " Average" + "".join(
+        f"{name:>8}" for name in METRICS[1:])
+    for who, row in models.items():
+        means = [found[who, name]["mean"] for name in METRICS[1:]]
+        yield (f"{who:<{width}}" + "".join(f"{al:6.2f}" for al in row["by_round"]).ljust(6 * K) + f"{row['mean']:8.2f}"
+               + "".join("       -" if mean is None else f"{mean:8.3f}" for mean in means))
 
 
 def contrasts(variants):
@@ -47,20 +51,29 @@ def contrasts(variants):
     return [(one, other) for one, other in pairs if one != other in variants]
 
 
-def differences(run, results, split):
-    """The Table of differences between two models of the same users, from scores.jsonl beside the conversations."""
-    lines = []
+def intervals(run, results, split):
+    """The Table of all means with their intervals, and of differences between two models for the same users, from
+    their scores.jsonl."""
+    def scores(variant, condition):
+        return by_person(read_rows(f"{run}/{variant}/{split}-{condition.replace('=', '')}/scores.jsonl",
+                                   {"persona_id": str, "round": int}, {"score": int}))
+
+    def line(who, n, means, of):
+        return [who, str(n), *(cell(means[name], of.get(name), digits) for name, digits in zip(METRICS, (2, 3, 3, 3)))]
+
+    found = {(row["variant"], row["condition"], row["metric"]): row for row in results}
+    rows = [line(f"{variant} {condition}", row["n"], *({name: found[variant, condition, name].get(field)
+                 for name in METRICS} for field in ("mean", "interval_95")))
+            for (variant, condition, metric), row in found.items() if metric == "AL"]
     for condition in dict.fromkeys(row["condition"] for row in results if row["metric"] == "AL"):
         for names in contrasts(curves(results, condition)):
-            one, other = (by_person(read_rows(f"{run}/{name}/{split}-{condition.replace('=', '')}/scores.jsonl",
-                                              {"persona_id": str, "round": int}, {"score": int})) for name in names)
+            one, other = (scores(name, condition) for name in names)
             one, other = (np.array([of[who] for who in sorted(one.keys() & other.keys())]) for of in (one, other))
-            means, intervals = (improvement(np.nanmean(of, 0)) for of in (one, other)), bootstrap(one, 0, other)
-            a, b = means
-            lines.append([f"{' - '.join(names)} {condition}", str(len(one)), *(
-                cell(a[name] - b[name], intervals.get(name), 2 if name == "AL" else 3) for name in ("AL", "IR"))])
-    return Table("Differences of the same users (95 % intervals; what contains 0 may be noise)",
-                 ["", "users", "AL", "IR"], lines)
+            a, b = (improvement(np.nanmean(of, 0)) for of in (one, other))
+            rows.append(line(f"{' - '.join(names)} {condition}", len(one), {
+                **dict.fromkeys(METRICS), "AL": a["AL"] - b["AL"], "IR": a["IR"] - b["IR"]}, bootstrap(one, 0, other)))
+    return Table("95 % intervals (bootstrap over users; a difference whose interval has 0 in it may be noise)",
+                 ["", "users", *METRICS], rows)
 
 
 def check_seeds(runs, split):
@@ -69,10 +82,10 @@ def check_seeds(runs, split):
         "seed", "personas", "conversations")} for path in sorted(glob(f"{run}/base/{split}-T*/scores.jsonl"))]
         for run in runs)
     for run, settings in zip(runs[1:], others):
-        names = {name for a, b in zip(first, settings) for name in {**a, **b} if a.get(name) != b.get(name)}
-        if names or len(first) != len(settings):
+        differ = sorted({name for a, b in zip(first, settings) for name in {**a, **b} if a.get(name) != b.get(name)})
+        if differ or len(first) != len(settings):
             fail(f"{runs[0]} and {run} are not two seeds of one run: base/ differs in "
-                 f"{', '.join(sorted(names)) or 'its temperatures'}. Report them one by one.")
+                 f"{', '.join(differ) or 'its temperatures'}. Report them one by one.")
 
 
 def over_seeds(runs):
@@ -80,21 +93,19 @@ def over_seeds(runs):
     standard deviation; "-" where a run has none, as a flat curve has no N-IR."""
     values = defaultdict(list)
     for results in runs:
-        of = {(row["variant"], row["condition"], row["metric"]): row["mean"] for row in results if "with" not in row["metric"]}
+        of = {(row["variant"], row["condition"], row["metric"]): row["mean"] for row in results}
+        for condition in dict.fromkeys(condition for _, condition, _ in of):
+            of |= {(f"{a} - {b}", condition, name): of[a, condition, name] - of[b, condition, name]
+                   for a, b in contrasts(curves(results, condition)) for name in ("AL", "IR")}
         for (variant, condition, metric), mean in of.items():
             values[f"{variant} {condition}", metric].append(mean)
-        for condition in dict.fromkeys(condition for _, condition, _ in of):
-            for one, other in contrasts(curves(results, condition)):
-                for name in ("AL", "IR"):
-                    values[f"{one} - {other} {condition}", name].append(of[one, condition, name] - of[other, condition, name])
-    models, columns = (list(dict.fromkeys(key[i] for key in values)) for i in (0, 1))
-    lines = [f"{'':<24}" + "".join(f"{name:>17}" for name in COLUMNS if name in columns)]
-    for model in models:
-        cells = [values.get((model, name), [None]) for name in COLUMNS if name in columns]
-        cells = ["-" if None in means or len(means) < 2 else
-                 f"{statistics.mean(means):.3f} ± {statistics.stdev(means):.3f}" for means in cells]
-        lines.append(f"{model:<24}" + "".join(f"{cell:>17}" for cell in cells))
-    return lines
+    columns = [name for name in COLUMNS if name in {metric for _, metric in values}]
+    yield f"{'':<24}" + "".join(f"{name:>17}" for name in columns)
+    for model in dict.fromkeys(model for model, _ in values):
+        cells = [values.get((model, name), [None]) for name in columns]
+        yield f"{model:<24}" + "".join(f"{cell:>17}" for cell in (
+            "-" if None in means or len(means) < 2 else f"{statistics.mean(means):.3f} ± {statistics.stdev(means):.3f}"
+            for means in cells))
 
 
 def draw(results, folder):
@@ -133,7 +144,7 @@ def main():
             fail(f"{run}/results.jsonl: no results on split {args.split}. aloe/evaluate.py writes them.")
     check_seeds(args.runs, args.split)
     print(*(over_seeds(runs) if len(runs) > 1 else [
-        *table(runs[0]), *as_text(spreads(runs[0])), *as_text(differences(args.runs[0], runs[0], args.split))]), sep="\n")
+        *table(runs[0]), *as_text(intervals(args.runs[0], runs[0], args.split))]), sep="\n")
     try:
         for run, results in zip(args.runs, runs):
             folder = Path(run, "report")

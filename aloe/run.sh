@@ -27,7 +27,7 @@ toy | smoke)
     toy=yes KNOWN="$KNOWN foreign mute"
     # The world's texts are of one form: two different users are as similar as two paraphrases elsewhere.
     PERSONA=(--embedder ngrams --similarity 0.9 --rounds 8 --held-out 30 20
-             --profiles "$RUN/seeds/profiles.jsonl" --personalities "$RUN/seeds/personalities.jsonl")
+             --profiles aloe/toy/seeds/profiles.jsonl --personalities aloe/toy/seeds/personalities.jsonl)
     TALK="--dtype float32 --max-tokens 32 --batch-size 128" LEARN="--dtype float32 --micro-batch-size 16"
     SFT_FLAGS="--lr 1e-3 $SFT_FLAGS" DPO_FLAGS="--lr 3e-4 $DPO_FLAGS"           # for 0.2 M parameters; chosen on dev
     SERVER_FLAGS="--concurrency 8 $SERVER_FLAGS"
@@ -46,7 +46,6 @@ for name in $VARIANTS; do [[ " $KNOWN " = *" $name "* ]] || refuse "no variant $
 default LAUNCH=python
 default LAUNCH_TRAINING="$LAUNCH"
 if [ -n "$toy" ]; then          # its server plays everybody but the model
-    stage python aloe/toy/world.py --seed 42 --output "$RUN/seeds"
     [ -z "$PRINT" ] || echo "# in another terminal: python aloe/toy/server.py --port 8766"
     port=8766
     . toy/serve.sh python aloe/toy/server.py ${FAULTS:+--faults "$FAULTS"}

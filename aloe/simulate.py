@@ -14,13 +14,7 @@ inducer found, and that for p_i alone. Nothing of the hint stays in the history.
                          "rounds": [{"user": "Just back from the allotment!", "revealed": "Profile: He grows ...",
                                      "preferred": "...", "rejected": "...", "chosen": "rejected"}]}
 
-On a laptop, with the embedded world's server (aloe/toy/server.py) running:
-    python aloe/simulate.py --model aloe/toy/base --roleplayer openai:aloe-user@http://127.0.0.1:8766/v1 \\
-        --inducer openai:aloe-inducer@http://127.0.0.1:8766/v1 --dtype float32 --limit 20 --max-tokens 32 \\
-        --personas runs/ap.jsonl --output runs/ac.jsonl
-The paper's scale, 3,000 x 10 x 4 = 120,000 calls (the paper: GPT-4o in all four parts):
-    python aloe/simulate.py --model openai:MODEL --roleplayer openai:MODEL --inducer openai:MODEL --limit 3000 \\
-        --personas runs/aloe/personas.jsonl --output runs/aloe/conversations.jsonl
+Its command, on a laptop and at the paper's scale (3,000 x 10 x 4 = 120,000 calls): PRINT=1 bash aloe/run.sh [paper]
 """
 import re
 import sys

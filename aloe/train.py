@@ -13,14 +13,7 @@ SFT data.)
     reads   --conversations     the rows of aloe/simulate.py
     writes  --output            a model folder that AutoModelForCausalLM and vLLM open; its log.jsonl as train.py's
 
-On a laptop (files from aloe/simulate.py's example):
-    python aloe/train.py --stage sft --base aloe/toy/base --conversations runs/ac.jsonl --dtype float32 --lr 1e-3 \\
-        --output runs/am
-    python aloe/train.py --stage dpo --base runs/am --conversations runs/ac.jsonl --dtype float32 --lr 2e-4 \\
-        --output runs/ad
-The paper's scale, 30,000 examples in batches of 48:
-    accelerate launch --config_file configs/fsdp.yaml aloe/train.py --stage sft --base Qwen/Qwen2-7B-Instruct \\
-        --conversations runs/aloe/conversations.jsonl --output runs/aloe/sft
+Its commands, on a laptop and at the paper's scale (30,000 examples): PRINT=1 bash aloe/run.sh [paper]
 """
 import sys
 from collections import defaultdict

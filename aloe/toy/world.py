@@ -15,14 +15,8 @@ facts, and never below 1. It is symmetrical: both poles of a manner, all facts, 
 the same. What was not shown counts, too: who adapts to what was shown, scores higher as more is.
 
 Everything in here is a pure function; aloe/toy/server.py speaks for the users, aloe/toy/pretrain.py makes a chatbot
-that knows the words. This command writes the seeds from which the two pools grow, 20 lines each:
-
-    python aloe/toy/world.py --output runs/aloe/seeds        # profiles.jsonl, personalities.jsonl
-
-    {"text": "My pet is dog. My city is Oslo. ..."}
+that knows the words. The two pools grow from aloe/toy/seeds/, the texts of 20 people that draw_persona has drawn.
 """
-import argparse
-import json
 import random
 import re
 import sys
@@ -125,28 +119,3 @@ def judge_score(text, persona):
     """The judge's rule: 1 to 5."""
     manners, true, wrong = fit(text, persona)
     return max(1, 1 + manners + min(true, 1) - wrong)
-
-
-def parse_args():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", required=True, help="folder of the two seed files to write (JSONL)")
-    parser.add_argument("--seed", type=int, default=0)
-    return parser.parse_args()
-
-
-def main():
-    args = parse_args()
-    rng, folder = random.Random(args.seed), Path(args.output)
-    folder.mkdir(parents=True, exist_ok=True)
-    pools = {"profiles": [], "personalities": []}
-    while min(map(len, pools.values())) < 20:
-        for pool, text in zip(pools.values(), sentences(draw_persona(rng), rng)):
-            if text not in pool and len(pool) < 20:
-                pool.append(text)
-    for name, texts in pools.items():
-        (folder / f"{name}.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
-    print(f"{args.output}: 20 profiles, 20 personalities, as {pools['profiles'][0]} {pools['personalities'][0]}")
-
-
-if __name__ == "__main__":
-    main()
