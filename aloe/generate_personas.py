@@ -18,13 +18,14 @@ import random
 import re
 import sys
 import zlib
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # first: there, too, is a generate_personas.py
-from common import (Request, Rows, add_model_flags, amount, answer_all, fail, load,  # noqa: E402
-                    natural, nucleus, number, read_prompts, read_rows, run, say, seed_for, stage_parser,
+from common import (Request, Rows, add_model_flags, amount, answer_all, fail, natural,  # noqa: E402
+                    nucleus, number, read_prompts, read_rows, run, say, seed_for, stage_parser,
                     start_processes)
 
 POOLS = ("profiles", "personalities")
@@ -41,24 +42,12 @@ def ngrams(texts, n=4, d=4096):
 
 
 def encoder(path):
-    """A Hugging Face encoder as a function: texts -> unit vectors (N, d), the mean of the last hidden states, as
-    Sentence-Transformers has it for paraphrase-MiniLM-L6-v2 (which cuts texts at 128 tokens; nothing is cut here)."""
-    import torch
-    from transformers import AutoModel, AutoTokenizer
-    tokenizer, model = load(AutoTokenizer, path), load(AutoModel, path).eval()
-
-    def embed(texts):
-        batch = tokenizer(texts, padding=True, return_tensors="pt")
-        if batch["input_ids"].shape[1] > model.config.max_position_embeddings:
-            fail(f"{path}: a text is longer than its room. Lower --max-tokens, or use --embedder ngrams.")
-        with torch.no_grad():
-            states = model(**batch).last_hidden_state.double()                                  # (N, T, d)
-        mask = batch["attention_mask"][..., None]
-        mean = (states * mask).sum(1) / mask.sum(1)
-        if not mean.isfinite().all():
-            fail(f"{path}: gives no finite numbers. Name another --embedder.")
-        return (mean / mean.norm(dim=1, keepdim=True)).numpy()
-    return embed
+    """A Sentence-Transformers model as a function: texts -> unit vectors (N, d). (It cuts texts: MiniLM at 128 tokens.)"""
+    try:
+        from sentence_transformers import SentenceTransformer
+    except ModuleNotFoundError:
+        fail("--embedder: `pip install -r aloe/requirements.txt` brings Sentence-Transformers; ngrams needs no model.")
+    return partial(SentenceTransformer(path).encode, normalize_embeddings=True, show_progress_bar=False)
 
 
 def filtered(pool, new, most):
@@ -112,7 +101,12 @@ def grow(args, pools, embed, replies, prompts):
     growing, r = list(pools), 0
     while growing and r < args.rounds:
         r += 1
-        requests = {(pool, r): growth_request(args, pool, r, pools[pool], prompts) for pool in growing}
+        requests = {}
+        for pool in growing:
+            seed = seed_for(args.seed, pool, r)
+            shown = random.Random(seed).sample(pools[pool], min(args.examples, len(pools[pool])))
+            prompt = prompts[f"aloe_{pool}"].format(examples="\n".join(shown))
+            requests[pool, r] = Request([{"role": "user", "content": prompt}], seed)
         answer_all(replies, requests, args.model, (args.temperature, args.top_p, args.max_tokens), f"pools, round {r}",
                    lambda key, reply: {"reply": reply.text})
         for pool in [pool for pool in growing if "refused" not in replies[pool, r]]:
@@ -128,13 +122,6 @@ def grow(args, pools, embed, replies, prompts):
             if len(added) < args.until:
                 growing.remove(pool)
     return rows, r, growing
-
-
-def growth_request(args, pool, r, members, prompts):
-    """Some random members as examples, with the request for 20 more."""
-    seed = seed_for(args.seed, pool, r)
-    shown = random.Random(seed).sample(members, min(args.examples, len(members)))
-    return Request([{"role": "user", "content": prompts[f"aloe_{pool}"].format(examples="\n".join(shown))}], seed)
 
 
 def split_sizes(text):

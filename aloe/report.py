@@ -4,7 +4,7 @@
     python aloe/report.py runs/aloe/seed-100 runs/aloe/seed-101     # of several runs: means, ± the standard deviation
 
     reads   RUN/results.jsonl           the rows of evaluate.py (and toy/measure.py)
-    writes  RUN/report/al-T0.png, .svg  a picture for each temperature, if matplotlib is there (report/requirements.txt)
+    writes  RUN/report/al-T0.svg        a picture for each temperature, if matplotlib is there (report/requirements.txt)
 """
 import argparse
 import statistics
@@ -109,27 +109,27 @@ def over_seeds(runs):
 
 
 def draw(results, folder):
-    """Writes a picture for each temperature; returns their names."""
+    """Writes a picture for each temperature, of the paper's models and of the controls; returns their names."""
     from report.pictures import STYLES, pyplot
     names = []
     for condition in dict.fromkeys(row["condition"] for row in results if row["metric"] == "AL"):
         lines = curves(results, condition)
-        panels = [{model: lines[model] for model in lines if (model in PAPER) == own} for own in (True, False)]
-        panels = {title: panel for title, panel in zip(("Alignment with the user", "Controls"), panels) if panel}
-        size = (5.5, 4.5 * len(panels))
-        figure, axes = pyplot.subplots(len(panels), figsize=size, squeeze=False, layout="constrained")
-        for ax, (title, panel) in zip(axes[:, 0], panels.items()):
-            for (model, row), (colour, marker, dash) in zip(panel.items(), 3 * STYLES):
-                k = range(1, len(row["by_round"]) + 1)
-                ax.plot(k, row["by_round"], color=colour, marker=marker, linestyle=dash, markersize=4, label=model)
-                if row.get("interval_by_round"):
-                    ax.fill_between(k, *zip(*row["interval_by_round"]), color=colour, alpha=0.15, linewidth=0)
-            ax.set(xlabel="round k", ylabel="AL(k)", ylim=(1, 5), title=f"{title} ({condition})")
+        for name, own in (("al", True), ("controls", False)):
+            models = [model for model in lines if (model in PAPER) == own]
+            if not models:
+                continue
+            figure, ax = pyplot.subplots(figsize=(5.5, 4.5), layout="constrained")
+            for model, (colour, marker, dash) in zip(models, 3 * STYLES):
+                al, bounds = lines[model]["by_round"], lines[model].get("interval_by_round")
+                k = range(1, len(al) + 1)
+                ax.plot(k, al, color=colour, marker=marker, linestyle=dash, markersize=4, label=model)
+                if bounds:
+                    ax.fill_between(k, *zip(*bounds), color=colour, alpha=0.15, linewidth=0)
+            ax.set(xlabel="round k", ylabel="AL(k), 95 % intervals", ylim=(1, 5), title=condition)
             ax.legend(frameon=False, fontsize=9, loc="upper center", bbox_to_anchor=(0.5, -0.14), ncols=4)
-        names.append(f"al-{condition.replace('=', '')}")
-        figure.savefig(folder / f"{names[-1]}.png", dpi=150)
-        figure.savefig(folder / f"{names[-1]}.svg", metadata={"Date": None})
-        pyplot.close(figure)
+            names.append(f"{name}-{condition.replace('=', '')}")
+            figure.savefig(folder / f"{names[-1]}.svg", metadata={"Date": None})
+            pyplot.close(figure)
     return names
 
 

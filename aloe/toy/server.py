@@ -18,6 +18,7 @@ messages. Stateless, as toy/server.py, from which the server, its flags and its 
 import random
 import re
 import sys
+from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the root; first, since PyPI has an "aloe", too
@@ -27,14 +28,9 @@ from toy import server as toy  # noqa: E402
 from toy.server import Refused  # noqa: E402
 
 
-def write_profiles(examples, seed, model, **_):
+def write(which, examples, seed, model, **_):
     rng = random.Random(f"{seed} {examples}")
-    return "\n".join(world.sentences(world.draw_persona(rng), rng)[0] for _ in range(20))
-
-
-def write_personalities(examples, seed, model, **_):
-    rng = random.Random(f"{seed} {examples}")
-    return "\n".join(world.sentences(world.draw_persona(rng), rng)[1] for _ in range(20))
+    return "\n".join(world.sentences(world.draw_persona(rng), rng)[which] for _ in range(20))
 
 
 def say_next(profile, personality, seed, model, history):
@@ -62,7 +58,7 @@ def pattern_of(name):
 
 
 ROLES = {  # model -> [(pattern of its prompt, who answers)]
-    "aloe-writer": [(pattern_of("profiles"), write_profiles), (pattern_of("personalities"), write_personalities)],
+    "aloe-writer": [(pattern_of("profiles"), partial(write, 0)), (pattern_of("personalities"), partial(write, 1))],
     "aloe-user": [(pattern_of("roleplay"), say_next)],
     "aloe-user-mute": [(pattern_of("roleplay"), say_next)],
     "aloe-inducer": [(pattern_of("induction"), induce)],
