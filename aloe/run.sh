@@ -9,6 +9,7 @@
 #   LIMIT=6   a rehearsal: everything, with six personas of each split, in a folder of its own
 #   ORACLE=openai:MODEL WRITER= ROLEPLAYER= INDUCER= TEACHER= (who writes both replies of a pair) JUDGE= SECOND_JUDGE=
 #   VARIANTS="sft sft_dpo rejected coin foreign mute"    base is always there; the last three are controls
+#   VARIANTS=models MODELS="FOLDER openai:MODEL"         other models under this benchmark, such as STaR-GATE's
 #   TEMPERATURES="0 1" of the evaluated replies; CONVERSATIONS=n to train on; PERSONA_SPLITS=train=3310,dev=100,test=100
 #   RUN=folder SEED= SPLIT=dev ROUNDS= BASE=folder GPUS= LAUNCH= LAUNCH_TRAINING= WAIT_HOURS= EXTRA= SERVE="vllm serve"
 #   PERSONA_FLAGS= SIMULATE_FLAGS= SFT_FLAGS= DPO_FLAGS= EVALUATE_FLAGS= SERVER_FLAGS= FAULTS=JSON (of toy/server.py)
@@ -17,7 +18,7 @@ cd "$(dirname "$0")/.."
 
 # ---------------------------------------------------------------- settings; what is not said is a stage's default
 
-MODE=${1:-toy} KNOWN="sft sft_dpo rejected coin"
+MODE=${1:-toy} KNOWN="sft sft_dpo rejected coin models"
 default RUN="runs/aloe/$MODE${LIMIT:+-$LIMIT}" SEED=42 SPLIT=test
 case $MODE in
 toy | smoke)
@@ -46,7 +47,7 @@ for name in $VARIANTS; do [[ " $KNOWN " = *" $name "* ]] || refuse "no variant $
 default LAUNCH=python
 default LAUNCH_TRAINING="$LAUNCH"
 if [ -n "$toy" ]; then          # its server plays everybody but the model
-    [ -z "$PRINT" ] || echo "# in another terminal: python aloe/toy/server.py --port 8766"
+    [ -n "$PRINT" ] && echo "# in another terminal: python aloe/toy/server.py --port 8766" || mkdir -p "$RUN"
     port=8766
     . toy/serve.sh python aloe/toy/server.py ${FAULTS:+--faults "$FAULTS"}
     WRITER=openai:aloe-writer@$url ROLEPLAYER=openai:aloe-user@$url INDUCER=openai:aloe-inducer@$url
@@ -104,6 +105,10 @@ for variant in $VARIANTS; do
         simulate mute "$INDUCER"
         both mute mute
         user=$ROLEPLAYER ;;
+    models) for model in $MODELS; do
+            name=${model#openai:} name=${name%@http*}
+            evaluate "${name//\//-}" "$model"
+        done ;;
     esac
 done
 stage python aloe/report.py "$RUN" --split "$SPLIT"

@@ -66,8 +66,8 @@ def reference(path, dtype, device):
 def pair_loss(model, examples, device, args):
     """Sum of the DPO losses of [(ids, labels, ids, labels)]: of a preferred and a rejected reply.
 
-    The reference scores the same batch as the policy. In bfloat16 a batch of another shape changes a log-probability by
-    more than a step of training does, and a reward of a model over itself would not be 0.
+    The reference scores the same batch as the policy. In bfloat16 a batch of another shape gives other
+    log-probabilities: a model's rewards over itself would not be 0.
     """
     ids, labels = collate([*(example[:2] for example in examples), *(example[2:] for example in examples)], device)
 
