@@ -96,11 +96,6 @@ def by_person(rows):
     return {who: scores for who, scores in people.items() if not np.isnan(scores).all()}
 
 
-def agreement(pairs):
-    """The share of [(one judge's score, another's)] that are equal."""
-    return sum(one == other for one, other in pairs) / max(1, len(pairs))
-
-
 def chat(person, rounds, K, prompts):
     """A conversation of K rounds, as steps for aloe/simulate.py's engine: the user, the model."""
     for _ in range(K):
@@ -173,8 +168,9 @@ def main():
         name = name_of(args.second_judge)
         second = judged(args.second_judge, "scores-" + name.replace("/", "-"), {key: requests[key] for key in few})
         both = {key: (scores[key]["score"], second[key]["score"]) for key in few if second[key]["score"]}
+        equal = lambda pairs: sum(a == b for a, b in pairs) / max(1, len(pairs))               # noqa: E731
         add_results({f"{metric} with {name}": {"mean": mean, "interval_95": interval, "sem": None, "n": len(both)}
-                     for metric, statistic in (("agreement", agreement), ("kappa", kappa))
+                     for metric, statistic in (("agreement", equal), ("kappa", kappa))
                      for mean, interval in [jackknife(statistic, both)]})
         say(processes, f"{second.summary()}; {len(few) - len(both)} unreadable")
     say(processes, f"{output.summary()} ({cuts(output.values())}); {len(people) - len(whole)} refused",

@@ -181,13 +181,13 @@ def main():
             if tuple(row[name] for name in output.key) not in output:
                 output.add(row)
         output.finish()
-    deviation = " (a deviation: they compare wording, not meaning)" if args.embedder == "ngrams" else ""
     lines = sum(bool(line.strip()) for row in replies.values() for line in row.get("reply", "").splitlines())
     say(processes, "", made[0]["profile"], made[0]["personality"], "", f"{args.output}: {len(made)} personas of "
         f"{len(pools['profiles'])} profiles and {len(pools['personalities'])} personalities; {rounds} rounds, of "
-        f"{len(rows)} texts {sum(not row['kept'] for row in rows)} discarded as similar by {args.embedder}{deviation}; "
+        f"{len(rows)} texts {sum(not row['kept'] for row in rows)} discarded as similar by {args.embedder}; "
         f"{lines - sum(row['round'] > 0 for row in rows)} lines were no texts"
         + (f"; still growing: {' '.join(growing)}" if growing else ""))
+
 
 if __name__ == "__main__":
     run(main)

@@ -110,26 +110,23 @@ def over_seeds(runs):
 
 def draw(results, folder):
     """Writes a picture for each temperature, of the paper's models and of the controls; returns their names."""
-    from report.pictures import STYLES, pyplot
+    from report.pictures import STYLES, panel, pyplot
     names = []
     for condition in dict.fromkeys(row["condition"] for row in results if row["metric"] == "AL"):
-        lines = curves(results, condition)
+        lines = {model: [{"iteration": k, "mean": al, "interval_95": bounds} for k, (al, bounds) in enumerate(zip(
+            row["by_round"], row.get("interval_by_round") or [[al, al] for al in row["by_round"]]), 1)]
+            for model, row in curves(results, condition).items()}
         for name, own in (("al", True), ("controls", False)):
-            models = [model for model in lines if (model in PAPER) == own]
-            if not models:
-                continue
-            figure, ax = pyplot.subplots(figsize=(5.5, 4.5), layout="constrained")
-            for model, (colour, marker, dash) in zip(models, 3 * STYLES):
-                al, bounds = lines[model]["by_round"], lines[model].get("interval_by_round")
-                k = range(1, len(al) + 1)
-                ax.plot(k, al, color=colour, marker=marker, linestyle=dash, markersize=4, label=model)
-                if bounds:
-                    ax.fill_between(k, *zip(*bounds), color=colour, alpha=0.15, linewidth=0)
-            ax.set(xlabel="round k", ylabel="AL(k), 95 % intervals", ylim=(1, 5), title=condition)
-            ax.legend(frameon=False, fontsize=9, loc="upper center", bbox_to_anchor=(0.5, -0.14), ncols=4)
-            names.append(f"{name}-{condition.replace('=', '')}")
-            figure.savefig(folder / f"{names[-1]}.svg", metadata={"Date": None})
-            pyplot.close(figure)
+            if models := {model: of for model, of in lines.items() if (model in PAPER) == own}:
+                figure, ax = pyplot.subplots(figsize=(5.5, 4.5), layout="constrained")
+                panel(ax, models, dict(zip(models, 3 * STYLES)))
+                k = [row["iteration"] for row in max(models.values(), key=len)]
+                ax.set(xlabel="round k", ylabel="AL(k)", ylim=(1, 5), title=f"{condition}, 95 % intervals", xticks=k,
+                       xticklabels=k)
+                ax.legend(frameon=False, fontsize=9, loc="upper center", bbox_to_anchor=(0.5, -0.14), ncols=4)
+                names.append(f"{name}-{condition.replace('=', '')}")
+                figure.savefig(folder / f"{names[-1]}.svg", metadata={"Date": None})
+                pyplot.close(figure)
     return names
 
 
