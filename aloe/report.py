@@ -22,7 +22,7 @@ from evaluate import read_results  # noqa: E402
 from report.stats import Table, as_text, cell  # noqa: E402
 
 PAPER = ("base", "sft", "sft_dpo", "rejected")                  # table 1's rows; all others are controls
-METRICS = ("AL", "IR", "N-IR", "R2")
+METRICS = {"AL": 2, "IR": 3, "N-IR": 3, "R2": 3}                 # and their digits
 COLUMNS = (*METRICS, "fitting_manners", "used_facts", "invented_facts", "ceiling")
 
 
@@ -34,14 +34,12 @@ def curves(results, condition):
 def table(results):
     """Lines of the paper's table 1: a line a model and temperature, a column a round."""
     found = {(f"{row['variant']} {row['condition']}", row["metric"]): row for row in results}
-    models = {who: row for (who, metric), row in found.items() if metric == "AL"}
-    K, width = max(len(row["by_round"]) for row in models.values()), max(map(len, models))
-    yield " " * width + "".join(f"{f'k={k}':>6}" for k in range(1, K + 1)) + " Average" + "".join(
-        f"{name:>8}" for name in METRICS[1:])
-    for who, row in models.items():
-        means = [found[who, name]["mean"] for name in METRICS[1:]]
-        yield (f"{who:<{width}}" + "".join(f"{al:6.2f}" for al in row["by_round"]).ljust(6 * K) + f"{row['mean']:8.2f}"
-               + "".join("       -" if mean is None else f"{mean:8.3f}" for mean in means))
+    models = {who: row["by_round"] for (who, metric), row in found.items() if metric == "AL"}
+    K, width = max(map(len, models.values())), max(map(len, models))
+    yield " " * width + "".join(f"{f'k={k}':>6}" for k in range(1, K + 1)) + "".join(f"{name:>8}" for name in METRICS)
+    for who, al in models.items():
+        yield f"{who:<{width}}" + "".join(f"{value:6.2f}" for value in al).ljust(6 * K) + "".join(
+            f"{cell(found[who, name]['mean'], None, digits):>8}" for name, digits in METRICS.items())
 
 
 def contrasts(variants):
@@ -52,28 +50,26 @@ def contrasts(variants):
 
 
 def intervals(run, results, split):
-    """The Table of all means with their intervals, and of differences between two models for the same users, from
-    their scores.jsonl."""
-    def scores(variant, condition):
-        return by_person(read_rows(f"{run}/{variant}/{split}-{condition.replace('=', '')}/scores.jsonl",
-                                   {"persona_id": str, "round": int}, {"score": int}))
-
-    def line(who, n, means, of):
-        return [who, str(n), *(cell(means[name], of.get(name), digits) for name, digits in zip(METRICS, (2, 3, 3, 3)))]
-
+    """The Table of all means with their intervals, and of differences between two models for the same users, which are
+    taken from their scores.jsonl."""
     found = {(row["variant"], row["condition"], row["metric"]): row for row in results}
-    rows = [line(f"{variant} {condition}", row["n"], *({name: found[variant, condition, name].get(field)
-                 for name in METRICS} for field in ("mean", "interval_95")))
-            for (variant, condition, metric), row in found.items() if metric == "AL"]
+    lines = []
     for condition in dict.fromkeys(row["condition"] for row in results if row["metric"] == "AL"):
-        for names in contrasts(curves(results, condition)):
-            one, other = (scores(name, condition) for name in names)
-            one, other = (np.array([of[who] for who in sorted(one.keys() & other.keys())]) for of in (one, other))
-            a, b = (improvement(np.nanmean(of, 0)) for of in (one, other))
-            rows.append(line(f"{' - '.join(names)} {condition}", len(one), {
-                **dict.fromkeys(METRICS), "AL": a["AL"] - b["AL"], "IR": a["IR"] - b["IR"]}, bootstrap(one, 0, other)))
+        scores = {}
+        for variant, row in curves(results, condition).items():
+            scores[variant] = by_person(read_rows(f"{run}/{variant}/{split}-{condition.replace('=', '')}/scores.jsonl",
+                                                  {"persona_id": str, "round": int}, {"score": int}))
+            of = [found[variant, condition, name] for name in METRICS]
+            lines.append([f"{variant} {condition}", str(row["n"]), *(
+                cell(one["mean"], one.get("interval_95"), digits) for one, digits in zip(of, METRICS.values()))])
+        for one, other in contrasts(scores):
+            who = sorted(scores[one].keys() & scores[other].keys())
+            a, b = (np.array([scores[name][key] for key in who]) for name in (one, other))              # (N, K)
+            (ours, theirs), bounds = [improvement(np.nanmean(of, 0)) for of in (a, b)], bootstrap(a, 0, b)
+            lines.append([f"{one} - {other} {condition}", str(len(who)), *(
+                cell(ours[name] - theirs[name], bounds.get(name), METRICS[name]) for name in ("AL", "IR")), "", ""])
     return Table("95 % intervals (bootstrap over users; a difference whose interval has 0 in it may be noise)",
-                 ["", "users", *METRICS], rows)
+                 ["", "users", *METRICS], lines)
 
 
 def check_seeds(runs, split):

@@ -480,9 +480,9 @@ def test_differences_are_of_the_same_users_and_seeds_are_of_one_base(run, tmp_pa
                  for metric in ("AL", "IR", "N-IR", "R2")]
     base, _, difference = report.intervals(tmp_path / "run", rows, "test").rows
     assert base[:4] == ["base T=0", "40", "3.00 (2.50 to 3.50)", "3.000 (2.500 to 3.500)"]
-    assert difference == ["sft - base T=0", "39", "750.00 (750.00 to 750.00)", "500.000 (500.000 to 500.000)", "-", "-"]
+    assert difference == ["sft - base T=0", "39", "750.00 (750.00 to 750.00)", "500.000 (500.000 to 500.000)", "", ""]
     assert [line.split() for line in report.table(rows)][:2] == [
-        "k=1 k=2 Average IR N-IR R2".split(), "base T=0 2.00 4.00 3.00 3.000 3.000 3.000".split()]
+        "k=1 k=2 AL IR N-IR R2".split(), "base T=0 2.00 4.00 3.00 3.000 3.000 3.000".split()]
     other = [{**row, "mean": None if row["metric"] == "R2" else row["mean"] + 1} for row in rows]
     head, first, *_, last = report.over_seeds([rows, other])
     assert head.split() == ["AL", "IR", "N-IR", "R2"]

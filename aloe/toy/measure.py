@@ -57,16 +57,12 @@ def measure(persona, rounds):
     return found
 
 
-def parse_args():
+def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--variant", required=True, help="the model's name in the table: base, sft, rejected, sft_dpo")
     parser.add_argument("--conversations", required=True, help="what aloe/evaluate.py or aloe/simulate.py has written")
     parser.add_argument("--results", required=True, help="gets a row for each metric; a rerun replaces it")
-    return parser.parse_args()
-
-
-def main():
-    args = parse_args()
+    args = parser.parse_args()
     path, found = args.conversations, []
     settings = read_settings(path)
     for row in read_rows(path, {"persona_id": str}, {"profile": str, "personality": str, "rounds": list}):

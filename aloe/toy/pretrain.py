@@ -14,8 +14,7 @@ The latent skill: in the real mixture a fifth of the replies fit what the user h
 likes them, and use no fact. So is the base, but it can produce every manner. Of the hinted replies, --obey heed the
 hint: with 1 they would leave DPO nothing to gain. Half of the hints describe somebody else, so that the hint is read
 and not the chat. The words of the hint are there from phase 2 on: when they came last, they undid the copying. In
-phase 4 copying has to be asked for: when a message that is a fact alone was still an exercise in copying, SFT and DPO
-drew that out, and a fifth of the first replies had no manners at all.
+phase 4 copying has to be asked for (docs/NOTES.md says why).
 """
 import argparse
 import random
