@@ -52,8 +52,7 @@ def read_score(raw):
 
 
 def improvement(al):
-    """{"AL": average, "IR", "N-IR", "R2"} of curves AL(1..K), of shape (..., K); NaN where one of one height or point has
-    none."""
+    """{"AL": average, "IR", "N-IR", "R2"} of curves AL(1..K), of shape (..., K). One of one height or point has NaN."""
     al, k = np.asarray(al, float), np.arange(1, np.shape(al)[-1] + 1)
     height, dk = np.ptp(al, -1), k - k.mean()
     d = np.where(height[..., None] == 0, 0, al - al.mean(-1, keepdims=True))       # not a rest of rounding
@@ -142,14 +141,15 @@ def main():
     requests = {(*key, k): Request(judge_chat(people[key], r["user"], r["reply"], judging),
                                    seed_for(args.seed, "judge", *key, k))
                 for key in whole for k, r in enumerate(output[key]["rounds"])}
-    judged = partial(judgements, args, processes, **judging, conversations=fingerprint(path))  # made again: scores are stale
+    # Conversations that are made again make the scores stale.
+    judged = partial(judgements, args, processes, **judging, conversations=fingerprint(path))
     scores = judged(args.judge, "scores", requests)
 
     def add_results(metrics):
         if processes.is_main_process:
-            write_results(args.results, [{"variant": args.variant, "iteration": 0, "condition": f"T={args.temperature:g}",
-                                          "roleplayer": roleplayer_label(path, None), "split": args.split,
-                                          "metric": metric, **fields} for metric, fields in metrics.items()])
+            of = {"variant": args.variant, "iteration": 0, "condition": f"T={args.temperature:g}",
+                  "roleplayer": roleplayer_label(path, None), "split": args.split}
+            write_results(args.results, [{**of, "metric": metric, **fields} for metric, fields in metrics.items()])
 
     matrix = np.array(list(by_person(scores[key] for key in requests).values()))                            # (N, K)
     if not len(matrix) or np.isnan(matrix).all(0).any():

@@ -42,7 +42,7 @@ def ngrams(texts, n=4, d=4096):
 
 
 def encoder(path):
-    """A Sentence-Transformers model as a function: texts -> unit vectors (N, d). (It cuts texts: MiniLM at 128 tokens.)"""
+    """A Sentence-Transformers model as a function: texts -> unit vectors (N, d). MiniLM cuts texts at 128 tokens."""
     try:
         from sentence_transformers import SentenceTransformer
     except ModuleNotFoundError:
@@ -64,7 +64,7 @@ def filtered(pool, new, most):
     return results
 
 
-CHATTER = re.compile("(sure|certainly|of course|okay|here|below|i hope|i've|let me know|feel free|these)\\b", re.IGNORECASE)
+CHATTER = re.compile(r"(sure|certainly|of course|okay|here|below|i hope|i've|let me know|feel free|these)\b", re.I)
 
 
 def texts_in(reply, cut=False):
@@ -88,8 +88,9 @@ def split_pool(pool, sizes, seed):
 def pairs_of(profiles, personalities, how_many, seed):
     """`how_many` random pairs, none twice. The profiles come in turn, each equally often, or once less."""
     chance = random.Random(seed)
-    of = [(profile, chance.sample(personalities, len(personalities))) for profile in chance.sample(profiles, len(profiles))]
-    return [(profile, order[turn]) for turn in range(len(personalities)) for profile, order in of][:how_many]
+    shuffled = lambda pool: chance.sample(pool, len(pool))                                 # noqa: E731
+    orders = [(profile, shuffled(personalities)) for profile in shuffled(profiles)]
+    return [(profile, order[turn]) for turn in range(len(personalities)) for profile, order in orders][:how_many]
 
 
 def grow(args, pools, embed, replies, prompts):

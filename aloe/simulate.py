@@ -67,8 +67,8 @@ def invented(revealed, person):
 
 
 def tree(person, rounds, K, coin, prompts=PROMPTS):
-    """A conversation of K rounds, step by step. Each step says who is asked, as {field: messages that are seen}; whoever
-    goes through the steps puts the answers into the last of `rounds`. coin: round -> 0 or 1."""
+    """A conversation of K rounds, step by step. Each step says who is asked, as {field: messages that are seen};
+    whoever goes through the steps puts the answers into the last of `rounds`. coin: round -> 0 or 1."""
     for i in range(K):
         rounds.append({})
         yield {"user": roleplayer_chat(person, walked(rounds), prompts)}                                # m_i
@@ -205,7 +205,8 @@ def main():
     say(output.processes, f"{output.summary()} ({cuts(whole)}); in {nothing} rounds nothing was revealed, in "
         f"{len(strange)} the inducer has words that are not in the persona ({examples})")
     (p, r), longer = words.mean(0) if whole else (0, 0), (words[:, 0] > words[:, 1]).mean() if whole else 0
-    say(output.processes, f"{p:.1f} words in a preferred reply, {r:.1f} in a rejected one, of which {longer:.0%} are shorter")
+    say(output.processes, f"{p:.1f} words in a preferred reply, {r:.1f} in a rejected one; {longer:.0%} of these are "
+        "shorter")
 
 
 if __name__ == "__main__":

@@ -86,8 +86,8 @@ def read_examples(args, tokenizer):
     for (persona_id,), row in whole.items():
         if not all(isinstance(r, dict) and r.get("chosen") in ("preferred", "rejected")
                    and isinstance(r.get("cut", []), list)
-                   and all(isinstance(r.get(name), str) and r[name].strip() for name in ("user", "preferred", "rejected"))
-                   for r in row["rounds"]):
+                   and all(isinstance(text, str) and text.strip() for text in map(r.get, (
+                       "user", "preferred", "rejected"))) for r in row["rounds"]):
             fail(f"{args.conversations}: a round of {persona_id} lacks a text, or its `cut` is no list. These are rows "
                  "of aloe/simulate.py.")
     pairs, too_long = defaultdict(list), 0
@@ -141,9 +141,9 @@ def main():
     if args.stage == "dpo":
         processes = start_processes()
         if processes.mixed_precision != "no":
-            fail("--stage dpo: its reference is computed in --dtype. Launch with mixed_precision 'no' (configs/fsdp.yaml).")
+            fail("--stage dpo: its reference is computed in --dtype. Launch with mixed_precision 'no' (fsdp.yaml).")
         if read_settings(args.base).get("stage") != "sft":
-            say(processes, f"warning: --base {args.base} is not made by --stage sft, from which the paper's DPO starts.")
+            say(processes, f"warning: --base {args.base} is not made by --stage sft, where the paper's DPO starts.")
     train(args, read_examples, "linear", partial(pair_loss, args=args) if args.stage == "dpo" else None)
 
 

@@ -89,8 +89,10 @@ def test_an_encoders_vectors_are_unit_means_without_padding(tmp_path):
 
 
 def test_what_a_writer_writes_as_texts():
-    reply = ("Here are the 20 user profiles:\nHere are twenty of them, as you asked\n---\nSure! Here you go.\n1. She sings in a small choir.\n"
-             "2) He is 3. He naps a lot.\n- Calm, kind, loud, shy, slow.\nNone\nI hope these are varied enough!\n17 years ago he skated.\nThe last is a")
+    reply = ("Here are the 20 user profiles:\nHere are twenty of them, as you asked\n---\nSure! Here you go.\n"
+             "1. She sings in a small choir.\n"
+             "2) He is 3. He naps a lot.\n- Calm, kind, loud, shy, slow.\nNone\nI hope these are varied enough!\n"
+             "17 years ago he skated.\nThe last is a")
     whole = ["She sings in a small choir.", "He is 3. He naps a lot.", "Calm, kind, loud, shy, slow.",
              "17 years ago he skated."]
     assert generate_personas.texts_in(reply, cut=True) == generate_personas.texts_in(reply) == whole
@@ -226,7 +228,7 @@ def test_dpo_is_trls(tmp_path, monkeypatch):
         base="", dtype="float32", beta=0.9)
     for size in (1, 2, 8):
         model.zero_grad()
-        loss = loop.mean_loss(Accelerator(cpu=True), model, examples, size, partial(train.pair_loss, args=args), learn=True)
+        loss = loop.mean_loss(Accelerator(cpu=True), model, examples, size, partial(train.pair_loss, args=args), True)
         assert loss == pytest.approx(theirs.item(), abs=1e-5, rel=1e-5)
         for name, weight in model.named_parameters():
             assert torch.allclose(weight.grad, expected[name], atol=1e-5, rtol=1e-4), name
@@ -248,6 +250,8 @@ def cast(request):
     if name == "inducer":
         assert not before and request["temperature"] == 0
         return f"Profile: She has {'cats' if '1 hens' in last['content'] else 'hens'}.\nPersonalities: None"
+    if name == "second":
+        return "4" if "Message 1" in last["content"] else "1"
     if name == "judge":
         assert not before
         return "4" if "Message 1" in last["content"] else "about 3" if "4 hens" in last["content"] else "2"
@@ -288,7 +292,7 @@ def test_conversations(run, world, server):
             assert any(row["rounds"][0]["user"] == first and row["rounds"][0][row["rounds"][0]["chosen"]] == said
                        and last.startswith(row["rounds"][1]["user"]) for row in rows)
     assert "0 cut at --max-tokens (of 12 rounds none); in 0 rounds nothing was revealed, in 2 the inducer has" in out
-    assert "(cats)\n3.0 words in a preferred reply, 2.0 in a rejected one, of which 100% are shorter" in out
+    assert "(cats)\n3.0 words in a preferred reply, 2.0 in a rejected one; 100% of these are shorter" in out
     run(simulate, *talk_flags(world, server, None, "again.jsonl", "--batch-size", 1))
     assert read_lines(world / "again.jsonl") == rows, "the size of a block is no matter"
     run(simulate, *talk_flags(world, server, None, "few.jsonl", "--limit", 2))
@@ -371,6 +375,14 @@ def test_from_conversations_to_the_table(run, world, server, tiny, monkeypatch):
     al, ir = found["base", "AL"], found["base", "IR"]
     assert len(found) == 8 and al["by_round"] == [2, 4] and ir["mean"] == 2 and ir["interval_95"] == [2, 2]
     assert (al["n"], al["roleplayer"], al["condition"]) == (6, "user", "T=1")
+    del server.requests[:]                                      # a second judge comes later: no more is asked
+    for cases, n in ((2, 4), (6, 11)):
+        run(evaluate, *evaluate_flags(world, server, world / "dpo"), "--variant", "dpo", "--output", world / "e_dpo",
+            "--second-judge", f"openai:second@{server.url}", "--second-cases", cases)
+        found = {row["metric"]: row for row in read_lines(world / "r.jsonl") if row["variant"] == "dpo"}
+        assert found["kappa with second"]["n"] == n == len(server.requests)
+    assert found["agreement with second"]["mean"] == pytest.approx(6 / 11)         # (4, 4) six times, (2, 1) five
+    assert found["kappa with second"]["mean"] == pytest.approx((6 / 11 - 36 / 121) / (1 - 36 / 121))
 
 
 def test_dpo_starts_from_a_reward_of_nothing_in_bfloat16(run, world, tiny):
@@ -389,7 +401,8 @@ def test_dpo_starts_from_a_reward_of_nothing_in_bfloat16(run, world, tiny):
         assert train.pair_loss(model, batch, "cpu", args).item() == pytest.approx(len(batch) * math.log(2), abs=1e-6)
     lacks, flags = "a round of train0000 lacks a text", [*flags, "--output", world / "other"]
     for row, why in (({"rounds": [{"user": "Hi"}]}, lacks), ({"rounds": [{**ROUNDS[0], "chosen": "other"}]}, lacks),
-                     ({"rounds": [{**ROUNDS[0], "preferred": " "}]}, lacks), ({"rounds": [{**ROUNDS[0], "cut": 5}]}, lacks),
+                     ({"rounds": [{**ROUNDS[0], "preferred": " "}]}, lacks),
+                     ({"rounds": [{**ROUNDS[0], "cut": 5}]}, lacks),
                      ({"refused": "user, round 1: empty"}, "no example to train on (1 conversations refused")):
         write_rows(world / "c.jsonl", [{**PEOPLE[0], **row}])
         assert why in run(train, *flags, status=2)[1]
