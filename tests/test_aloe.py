@@ -286,6 +286,8 @@ def test_conversations(run, world, server):
         assert [set(r) for r in row["rounds"]] == 2 * [{"user", "revealed", "preferred", "rejected", "chosen"}]
         assert {(r["preferred"], r["rejected"]) for r in row["rounds"]} == {("A warm reply.", "A reply.")}
     assert {r["chosen"] for row in rows for r in row["rounds"]} == {"preferred", "rejected"}
+    lengths = Counter(len(request["messages"]) for request in server.requests if request["model"] == "chat")
+    assert lengths == {1: 12, 3: 12}, "both replies of a round see its history"
     for request in server.requests:                              # who walked on which reply
         if request["model"] == "chat" and len(request["messages"]) == 3:
             first, said, last = (message["content"] for message in request["messages"])
