@@ -11,13 +11,14 @@ frozen copy of it, which sees the very batches that the policy sees. (Left out: 
 SFT data.)
 
     reads   --conversations     the rows of aloe/simulate.py
-    writes  --output            a model folder that AutoModelForCausalLM and vLLM open; its log.jsonl as train.py's
+    writes  --output            a model folder that AutoModelForCausalLM and vLLM open; its log.jsonl as train.py's;
+                                of dpo with the accuracy and the mean margin of the rewards, too
 
 Its commands, on a laptop and at the paper's scale (30,000 examples): PRINT=1 bash aloe/run.sh [paper]
 """
 import sys
 from collections import defaultdict
-from functools import lru_cache, partial
+from functools import lru_cache
 from pathlib import Path
 
 import torch
@@ -63,20 +64,33 @@ def reference(path, dtype, device):
     return load_model(path, dtype).to(device).requires_grad_(False)
 
 
-def pair_loss(model, examples, device, args):
+class PairLoss:
     """Sum of the DPO losses of [(ids, labels, ids, labels)]: of a preferred and a rejected reply.
 
     The reference scores the same batch as the policy. In bfloat16 a batch of another shape gives other
     log-probabilities: a model's rewards over itself would not be 0.
     """
-    ids, labels = collate([*(example[:2] for example in examples), *(example[2:] for example in examples)], device)
+    def __init__(self, args):
+        self.args, self.margins = args, []
 
-    def log_p(of):                                              # (2, B): of the preferred, of the rejected
-        return -sum_loss(of, ids, labels, "none").view(2, len(examples), -1).sum(2)
+    def __call__(self, model, examples, device):
+        ids, labels = collate([*(example[:2] for example in examples), *(example[2:] for example in examples)], device)
 
-    with torch.no_grad():
-        log_p_ref = log_p(reference(args.base, args.dtype, device))
-    return dpo_loss(log_p(model), log_p_ref, args.beta)[0].sum()
+        def log_p(of):                                          # (2, B): of the preferred, of the rejected
+            return -sum_loss(of, ids, labels, "none").view(2, len(examples), -1).sum(2)
+
+        with torch.no_grad():
+            log_p_ref = log_p(reference(self.args.base, self.args.dtype, device))
+        losses, (preferred, rejected) = dpo_loss(log_p(model), log_p_ref, self.args.beta)
+        if torch.is_grad_enabled():
+            self.margins += (preferred - rejected).tolist()
+        return losses.sum()
+
+    def figures(self):
+        """For the log, of a step's pairs on this process: the share whose preferred reply has more reward, and by how
+        much on average."""
+        margins, self.margins = self.margins, []
+        return {"accuracy": sum(m > 0 for m in margins) / len(margins), "margin": sum(margins) / len(margins)}
 
 
 def read_examples(args, tokenizer):
@@ -144,7 +158,7 @@ def main():
             fail("--stage dpo: its reference is computed in --dtype. Launch with mixed_precision 'no' (fsdp.yaml).")
         if read_settings(args.base).get("stage") != "sft":
             say(processes, f"warning: --base {args.base} is not made by --stage sft, where the paper's DPO starts.")
-    train(args, read_examples, "linear", partial(pair_loss, args=args) if args.stage == "dpo" else None)
+    train(args, read_examples, "linear", PairLoss(args) if args.stage == "dpo" else None)
 
 
 if __name__ == "__main__":

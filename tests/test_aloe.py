@@ -9,7 +9,6 @@ import sys
 import time
 from collections import Counter
 from argparse import Namespace
-from functools import partial
 
 import numpy as np
 import pytest
@@ -229,7 +228,7 @@ def test_dpo_is_trls(tmp_path, monkeypatch):
         base="", dtype="float32", beta=0.9)
     for size in (1, 2, 8):
         model.zero_grad()
-        loss = loop.mean_loss(Accelerator(cpu=True), model, examples, size, partial(train.pair_loss, args=args), True)
+        loss = loop.mean_loss(Accelerator(cpu=True), model, examples, size, train.PairLoss(args), learn=True)
         assert loss == pytest.approx(theirs.item(), abs=1e-5, rel=1e-5)
         for name, weight in model.named_parameters():
             assert torch.allclose(weight.grad, expected[name], atol=1e-5, rtol=1e-4), name
@@ -395,13 +394,15 @@ def test_dpo_starts_from_a_reward_of_nothing_in_bfloat16(run, world, tiny):
              "--validation", 0, "--output", world / "m"]
     out, _ = run(train, *flags)
     assert "is not made by --stage sft" in out and "12 examples + 0 held out" in out
-    losses = [row["loss"] for row in read_lines(world / "m/log.jsonl")]
+    log = read_lines(world / "m/log.jsonl")
+    losses = [row["loss"] for row in log]
+    assert (log[0]["margin"], log[0]["accuracy"]) == (0, 0) and log[1]["margin"] != 0
     assert losses[0] == pytest.approx(math.log(2), abs=1e-7) != losses[1]
     model, tokenizer = common.load_model(tiny, "bfloat16"), common.load_tokenizer(tiny)
     pairs = [(*pair["preferred"], *pair["rejected"]) for pair in train.round_examples(tokenizer, ROUNDS)]
     args = Namespace(base=tiny, dtype="bfloat16", beta=0.9)
     for batch in (pairs[:1], pairs[1:], pairs):
-        assert train.pair_loss(model, batch, "cpu", args).item() == pytest.approx(len(batch) * math.log(2), abs=1e-6)
+        assert train.PairLoss(args)(model, batch, "cpu").item() == pytest.approx(len(batch) * math.log(2), abs=1e-6)
     lacks, flags = "a round of train0000 lacks a text", [*flags, "--output", world / "other"]
     for row, why in (({"rounds": [{"user": "Hi"}]}, lacks), ({"rounds": [{**ROUNDS[0], "chosen": "other"}]}, lacks),
                      ({"rounds": [{**ROUNDS[0], "preferred": " "}]}, lacks),
