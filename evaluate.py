@@ -169,7 +169,7 @@ def read_results(path):
     return list(read_rows(path, RESULT_KEY, fields)) if os.path.exists(path) else []
 
 
-def write_results(path, rows):
+def write_results(path, rows, who="{variant}, t = {iteration}"):
     """Prints rows and adds them to results.jsonl; a row for the same combination of RESULT_KEY is replaced."""
     os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
     with open(f"{path}.lock", "a") as lock:                     # evaluations may run side by side
@@ -178,7 +178,7 @@ def write_results(path, rows):
         write_whole(path, "".join(json.dumps(results[key]) + "\n" for key in sorted(results)))
     for row in rows:
         value = " ± ".join(f"{row[name]:.3f}" for name in ("mean", "sem") if row[name] is not None)
-        print(f"{row['variant']}, t = {row['iteration']}: {row['metric']} {row['condition']} {value} (n = {row['n']})")
+        print(f"{who.format(**row)}: {row['metric']} {row['condition']} {value} (n = {row['n']})")
 
 
 # ---------------------------------------------------------------- the stage

@@ -149,7 +149,8 @@ def main():
         if processes.is_main_process:
             of = {"variant": args.variant, "iteration": 0, "condition": f"T={args.temperature:g}",
                   "roleplayer": roleplayer_label(path, None), "split": args.split}
-            write_results(args.results, [{**of, "metric": metric, **fields} for metric, fields in metrics.items()])
+            write_results(args.results, [{**of, "metric": metric, **fields} for metric, fields in metrics.items()],
+                          "{variant}")
 
     matrix = np.array(list(by_person(scores[key] for key in requests).values()))                            # (N, K)
     if not len(matrix) or np.isnan(matrix).all(0).any():

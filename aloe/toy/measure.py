@@ -74,7 +74,7 @@ def main():
         "variant": args.variant, "iteration": 0, "metric": metric, "condition": f"T={settings['temperature']:g}",
         "roleplayer": roleplayer_label(path, None), "split": settings["split"],
         **mean_sem([float(np.mean(one[metric])) for one in found]),
-        "by_round": np.mean([one[metric] for one in found], 0).round(6).tolist()} for metric in found[0]])
+        "by_round": np.mean([one[metric] for one in found], 0).round(6).tolist()} for metric in found[0]], "{variant}")
 
 
 if __name__ == "__main__":
