@@ -181,9 +181,8 @@ def fit(accelerator, model, args, training, validation, batches, folder, shape="
         norm = float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)          # under FSDP2 a shard
         if not math.isfinite(losses[-1] + norm):
             fail(f"step {len(losses)}: loss {losses[-1]}, gradient norm {norm}. Not saved: lower --lr.", status=1)
-        row = {"step": len(losses), "loss": losses[-1], "rate": schedule.get_last_lr()[0], "norm": norm,
-               **getattr(loss_of, "figures", dict)()}           # what else a loss tells of the step
-        print(json.dumps(row), file=log, flush=True)            # a curve to look at while it is drawn
+        row = {"step": len(losses), "loss": losses[-1], "rate": schedule.get_last_lr()[0], "norm": norm}
+        print(json.dumps({**row, **getattr(loss_of, "figures", dict)()}), file=log, flush=True)
         optimizer.step()
         schedule.step()
         optimizer.zero_grad()

@@ -137,7 +137,7 @@ def main():
                   "second_cases"), **roleplay)
     talk(output, people, lambda key, rounds: chat(people[key], rounds, args.rounds, roleplay), cast)
 
-    whole = [key for key in people if "refused" not in output[key]]                        # the N people who count
+    whole = [key for key in people if not output[key].get("refused")]                        # the N people who count
     requests = {(*key, k): Request(judge_chat(people[key], r["user"], r["reply"], judging),
                                    seed_for(args.seed, "judge", *key, k))
                 for key in whole for k, r in enumerate(output[key]["rounds"])}

@@ -110,8 +110,8 @@ def grow(args, pools, embed, replies, prompts):
             requests[pool, r] = Request([{"role": "user", "content": prompt}], seed)
         answer_all(replies, requests, args.model, (args.temperature, args.top_p, args.max_tokens), f"pools, round {r}",
                    lambda key, reply: {"reply": reply.text})
-        for pool in [pool for pool in growing if "refused" not in replies[pool, r]]:
-            new = texts_in(replies[pool, r]["reply"], "cut" in replies[pool, r])
+        for pool in [pool for pool in growing if not replies[pool, r].get("refused")]:
+            new = texts_in(replies[pool, r]["reply"], replies[pool, r].get("cut"))
             new_vectors = embed(new) if new else vectors[pool][:0]
             found = filtered(vectors[pool], new_vectors, args.similarity)
             added = [text for text, (_, _, kept) in zip(new, found) if kept]

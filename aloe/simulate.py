@@ -84,7 +84,7 @@ def simulate(talks, rows, ask):
     ({(key, field): messages}, rows) -> yields ((key, field), Reply). A conversation in which somebody declines or says
     nothing ends there, and its row gets `refused`.
     """
-    while asked := {(key, field): chat for key, talk in talks.items() if "refused" not in rows[key]
+    while asked := {(key, field): chat for key, talk in talks.items() if not rows[key].get("refused")
                     for field, chat in next(talk, {}).items()}:
         replies = dict(ask(asked, rows))
         for key, field in asked:                                # in their order, whichever came first
@@ -96,7 +96,7 @@ def simulate(talks, rows, ask):
                 row["rounds"][-1].setdefault("cut", []).append(field)
                 row["cut"] = row.get("cut", 0) + 1
     for row in rows.values():
-        if "refused" in row:
+        if row.get("refused"):
             row["rounds"].pop()
 
 
@@ -132,7 +132,7 @@ def read_people(path, split, limit, seed):
     """{(persona_id,): row} of a split, or of a seeded sample of it. A persona that is "None" ends the program."""
     fields = {"split": str, "profile": str, "personality": str}
     rows = {(row["persona_id"],): {name: row[name] for name in ("persona_id", *fields)} for row in
-            read_rows(path, {"persona_id": str}, fields) if "refused" not in row and row["split"] == split}
+            read_rows(path, {"persona_id": str}, fields) if not row.get("refused") and row["split"] == split}
     for (persona_id,), row in rows.items():
         for name in ("profile", "personality"):
             if row[name].strip(" .\n").lower() in ("", "none"):
@@ -170,7 +170,7 @@ def deal(people, args):
 
 def cuts(rows):
     """ "of 240 rounds user 12, reply 11": how many texts of each kind were cut."""
-    rounds = [r for row in rows if "refused" not in row for r in row["rounds"]]
+    rounds = [r for row in rows if not row.get("refused") for r in row["rounds"]]
     found = Counter(field for r in rounds for field in r.get("cut", ()))
     return f"of {len(rounds)} rounds " + (", ".join(f"{field} {n}" for field, n in found.items()) or "none")
 
@@ -193,7 +193,7 @@ def main():
     output = Rows(args, args.output, ("persona_id",), start_processes(), **prompts)
     talk(output, people, lambda key, rounds: tree(
         people[key], rounds, args.rounds, lambda i: seed_for(args.seed, "chosen", *key, i) % 2, prompts), cast)
-    whole = [row for row in output.values() if "refused" not in row]
+    whole = [row for row in output.values() if not row.get("refused")]
     found = [(r["revealed"], row) for row in whole for r in row["rounds"]]
     nothing = sum(set(re.findall(r"\w+", told.lower())) <= {"profile", "personalities", "none"} for told, _ in found)
     strange = [words for told, row in found if (words := invented(told, row))]

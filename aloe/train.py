@@ -96,7 +96,7 @@ class PairLoss:
 def read_examples(args, tokenizer):
     """{(persona_id,): examples}, as train.py's loop wants them, and what was left out."""
     rows = {(row["persona_id"],): row for row in read_rows(args.conversations, {"persona_id": str}, {"rounds": list})}
-    whole = {key: row for key, row in rows.items() if "refused" not in row}
+    whole = {key: row for key, row in rows.items() if not row.get("refused")}
     for (persona_id,), row in whole.items():
         if not all(isinstance(r, dict) and r.get("chosen") in ("preferred", "rejected")
                    and isinstance(r.get("cut", []), list)

@@ -50,7 +50,7 @@ def main():
     add_model_flags(parser, batch_size=16)
     args = parser.parse_args()
     tasks, personas = read_tasks(args.tasks, args.tasks_per_split), read_personas(args.personas)
-    rows = [row for row in read_conversations(args.conversations, tasks, personas) if "refused" not in row]
+    rows = [row for row in read_conversations(args.conversations, tasks, personas) if not row.get("refused")]
     golds, prompts = read_gold(args.gold, map(pair_of, rows)), read_prompts(*FORM, "elicitation", folder=args.prompts)
     kept, processes = sample_pairs([(row["task_id"],) for row in rows], args.limit, args.seed), start_processes()
     own = {(*pair_of(row), row["conversation"][0]["content"]): row["conversation"][:2] for row in rows

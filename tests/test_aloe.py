@@ -192,6 +192,7 @@ def test_the_mask_as_text(family):
 
 # ------------------------------------------------------------ DPO
 
+@pytest.mark.filterwarnings("default::FutureWarning")            # TRL's own
 def test_dpo_is_trls(tmp_path, monkeypatch):
     """Loss, rewards and gradients on the same ids, with a reference that is another model; and one pair by hand."""
     losses, rewards = train.dpo_loss(torch.tensor([[-1.0], [-2.0]]), torch.tensor([[-1.5], [-1.0]]), 0.9)
@@ -422,7 +423,7 @@ def test_a_kill_and_two_processes_leave_the_same_bytes(world, server, tiny, run)
 
     def mortal(request):
         count[0] += 1
-        return (200, cast(request)) if count[0] < 14 else (400, {"error": {"message": "gone"}})
+        return (200, cast(request)) if count[0] < 14 else (401, {"error": {"message": "gone"}})
 
     server.reply = mortal
     run(simulate, *flags, status=2)

@@ -66,7 +66,7 @@ def main():
     path, found = args.conversations, []
     settings = read_settings(path)
     for row in read_rows(path, {"persona_id": str}, {"profile": str, "personality": str, "rounds": list}):
-        if "refused" not in row:
+        if not row.get("refused"):
             found.append(measure(world.read_persona(row["profile"], row["personality"]), row["rounds"]))
     if not found or not settings:
         fail(f"{path}: no whole conversation, or no settings beside it. Run the stage first.")
