@@ -169,7 +169,7 @@ def read_results(path):
     return list(read_rows(path, RESULT_KEY, fields)) if os.path.exists(path) else []
 
 
-def write_results(path, rows, who="{variant}, t = {iteration}"):
+def write_results(path, rows, who="{variant}, t={iteration}"):
     """Prints rows and adds them to results.jsonl; a row for the same combination of RESULT_KEY is replaced."""
     os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
     with open(f"{path}.lock", "a") as lock:                     # evaluations may run side by side
@@ -177,8 +177,8 @@ def write_results(path, rows, who="{variant}, t = {iteration}"):
         results = {tuple(row[name] for name in RESULT_KEY): row for row in [*read_results(path), *rows]}
         write_whole(path, "".join(json.dumps(results[key]) + "\n" for key in sorted(results)))
     for row in rows:
-        value = " ± ".join(f"{row[name]:.3f}" for name in ("mean", "sem") if row[name] is not None)
-        print(f"{who.format(**row)}: {row['metric']} {row['condition']} {value} (n = {row['n']})")
+        mean = "{mean:.3f} ({interval_95[0]:.3f} to {interval_95[1]:.3f})" if row.get("interval_95") else "{mean}"
+        print((who + ": {metric} {condition} " + mean + ", n={n}").format(**row))
 
 
 # ---------------------------------------------------------------- the stage

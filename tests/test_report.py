@@ -4,6 +4,7 @@ import re
 import shutil
 import sys
 from functools import partial
+from types import SimpleNamespace
 
 import html5lib
 import numpy as np
@@ -62,7 +63,8 @@ def evaluation(run, where, t, nats=BASE_NATS.get, response=lambda pair: "x", ver
     conditions = [("q_experimental", 0, -0.5), ("q_experimental", 1, 0.5), ("q_random", 0, -1.5), ("q_random", 1, -0.5)]
     log_probs = [{**ids(pair), "sample": sample, "condition": condition, "log_prob": nats(pair) + more}
                  for pair in PAIRS for condition, sample, more in conditions]
-    log_probs += [{**row, "condition": "negative_control", "log_prob": -20.0} for row in log_probs[::4] if t == 0]
+    log_probs += [{**row, "condition": condition, "log_prob": x} for row in log_probs[::4] if t == 0
+                  for condition, x in (("negative_control", -20.0), ("positive_control", -5.0))]
     answered = [{**ids(pair), "turns": len(talks(pair)) // 2} for pair in PAIRS]
     files = {"log_probs": log_probs,
              "responses": [{**row, "sample": 1, "response": response(pair)} for row, pair in zip(answered, PAIRS)],
@@ -88,20 +90,22 @@ def number(text):
     return float(text.split()[0])
 
 
+def text_of(mean, half, d=2):
+    return f"{mean:.{d}f} ({mean - half:.{d}f} to {mean + half:.{d}f})"
+
+
 def test_each_model_in_one_line(folder):
     base, main = report.summary(evaluations(folder))
-    assert (base["model"], main["model"], base["gain"], base["win rate"]) == ("Q_BASE", "main, t=1", "", "")
-    assert number(base["log p(gold)"]) == -12.5 and main["n"] == "6, 5; 1"
-    assert main["for this user alone"] == "1.00 (1.00 to 1.00)" and main["win rate"].startswith("0.60 (")
+    assert (base["model"], main["model"], base["gain"], base["win rate"]) == ("Q_BASE", "main, t=1", "", "-")
+    assert number(base["log p(gold)"]) == -12.5 and [main[name] for name in ("pairs", "judged", "missing")] == [*"651"]
+    assert main["beyond another's"] == "1.00 (1.00 to 1.00)" and main["win rate"].startswith("60.0 % (")
+    assert [number(row["of the possible"]) for row in (base, main)] == [50, round(100 * (7.5 + 8 / 6) / 15, 1)]
+    assert number(main["beyond none"]) == near(7.5 + 8 / 6)
     # The interval by hand: clusters of tasks and of personas, t with 1 degree of freedom.
     gains, mean = np.array([*GAINS.values()]).reshape(2, 3), 8 / 6
     by = [len(s) / (len(s) - 1) * (s ** 2).sum() / 36 for s in
           ((gains - mean).sum(1), (gains - mean).sum(0), (gains - mean).ravel())]
-    half = scipy_stats.t.ppf(0.975, 1) * max(by[0] + by[1] - by[2], by[2]) ** 0.5
-    assert main["gain"] == f"{mean:.2f} ({mean - half:.2f} to {mean + half:.2f})"
-    base, main = report.answers(evaluations(folder))
-    assert number(base["words"]) == 3.0 and base["more than Q_BASE"] == "" and main["with a question"][:4] == "0.00"
-    assert (number(main["words"]), number(main["more than Q_BASE"])) == (round((5 * 7 + 3) / 6, 1), round(20 / 6, 1))
+    assert main["gain"] == text_of(mean, scipy_stats.t.ppf(0.975, 1) * max(by[0] + by[1] - by[2], by[2]) ** 0.5)
     shutil.rmtree(folder / "base")
     assert list(report.summary(evaluations(folder)))[0]["gain"] == "-", "nothing to compare with"
 
@@ -110,12 +114,32 @@ def test_each_of_several_users_follows_all_together(folder):
     evaluation(folder, "mixed/base", 0, roleplayer="anna + m")
     evaluation(folder, "mixed/1", 1, lambda pair: BASE_NATS[pair] + GAINS[pair], roleplayer="anna + m",
                verdict=VERDICTS.get, who=lambda pair: "anna" if pair[0] == "t0" else "m")
-    rows = {row["user"]: row for row in report.summary(evaluations(folder)) if row["model"] == "main, t=1"}
-    assert list(rows) == ["user", "anna + m", "anna", "m"] and rows["anna + m"]["n"] == "6, 5; 1"
+    rows = {row["model"]: row for row in report.summary(evaluations(folder))}
+    name = "main, t=1 (anna + m)"
+    assert list(rows) == ["Q_BASE", "main, t=1", "Q_BASE (anna + m)", name, f"{name}: anna", f"{name}: m"]
     for user, own in (("anna", PAIRS[:3]), ("m", PAIRS[3:])):
-        won = [VERDICTS[pair] == "ours" for pair in own if VERDICTS[pair]]
-        assert number(rows[user]["gain"]) == near(sum(GAINS[pair] for pair in own) / 3)
-        assert number(rows[user]["win rate"]) == near(sum(won) / len(won)) and rows[user]["n"] == f"3, {len(won)}"
+        won, row = [VERDICTS[pair] == "ours" for pair in own if VERDICTS[pair]], rows[f"{name}: {user}"]
+        assert number(row["gain"]) == near(sum(GAINS[pair] for pair in own) / 3)
+        assert number(row["win rate"]) == round(100 * sum(won) / len(won), 1) and row["pairs"] == "3"
+
+
+@pytest.mark.parametrize("gain, verdict, words", [
+    (4, "ours", "main, t=1: the gold response is more probable than after Q_BASE's conversation: 4.00 (3.26 to 4.74) "
+                "nats. The judge prefers its answers: it wins 100.0 % ("),
+    (-4, "base", "is less probable than after Q_BASE's conversation: -4.00 (-4.74 to -3.26) nats. The judge prefers "
+                 "Q_BASE's answers: it wins 0.0 % ("),
+    (0.1, "both", "is not distinguishably more or less probable than after Q_BASE's conversation: 0.10 (-0.64 to 0.84) "
+                  "nats. The judge prefers neither distinguishably: it wins 50.0 % ("),
+    (4, None, "nats. No verdict is readable."), (4, "", "nats. No judge was asked."),
+    (None, "ours", "main, t=1: log-probabilities were not measured. The judge prefers its answers"),
+    (None, "", "main, t=1: nothing is shown. It takes two tasks and two personas")])
+def test_the_words_of_the_headline_follow_the_intervals(gain, verdict, words):
+    pairs = [(i, j) for i in range(6) for j in range(6)]
+    nats = {} if gain is None else {pair: gain + (-1.0) ** sum(pair) * 1.7 for pair in pairs}
+    said = {pair: [{"verdict": ("ours", "base")[sum(pair) % 2] if verdict == "both" else verdict}] for pair in pairs}
+    e = SimpleNamespace(name="main, t=1", golds={"q_experimental": nats}, verdicts=said if verdict != "" else {},
+                        base=SimpleNamespace(golds={"q_experimental": dict.fromkeys(pairs, 0.0)}))
+    assert words in report.headline(e)
 
 
 def test_paired_differences_with_the_first_user(folder):
@@ -124,50 +148,62 @@ def test_paired_differences_with_the_first_user(folder):
     evaluation(folder, "main/2", 2, lambda pair: BASE_NATS[pair] + 5)
     evaluation(folder, "other/another/base", 0, lambda pair: -99.0, roleplayer="another")
     evaluation(folder, "other/another/1", 1, lambda pair: -90.0, roleplayer="another", verdict=VERDICTS.get)
-    rows = {(row["difference"], row["of"]): row for row in report.differences(evaluations(folder))}
-    means = {key: number(row["mean"]) for key, row in rows.items()}
-    assert means["main, t=1 - no_reg, t=1", "log p(gold)"] == near(8 / 6 - 1)
-    assert means["main, t=1 - no_reg, t=1", "win rate"] == 0.6
-    assert rows["main, t=1 - no_reg, t=1", "win rate"]["n"] == "5", "an unreadable verdict's pair is left out"
-    assert means["main, t=2 - main, t=1", "log p(gold)"] == near(5 - 8 / 6)
-    assert means["main, t=1 - Q_BASE", "log p(gold)"] == near(8 / 6)
-    assert means["main, t=1 - Q_BASE", "for this user alone"] == 0.0
-    assert ("main, t=1 - main, t=1", "log p(gold)") not in rows
+    row, = report.planned(evaluations(folder))
+    assert (row["main minus"], number(row["log p(gold)"])) == ("no_reg, t=1", near(8 / 6 - 1))
+    assert number(row["win rate"]) == 60 and row["pairs"] == "6" and row["beyond another's"].startswith("0.00")
     shutil.rmtree(folder / "other/another/base")                # Q_BASE has not met this one: nothing to compare
     last = list(report.summary(evaluations(folder)))[-1]
-    assert (last["user"], last["gain"]) == ("another", "-")
+    assert (last["model"], last["gain"]) == ("main, t=1 (another)", "-")
 
 
-def test_win_rates_by_length_order_and_ties(folder):
-    row, = report.win_rates(evaluations(folder))
-    assert number(row["1 question"]) == near(2 / 3) and number(row["2 questions"]) == 0.5
-    assert (row["at A"][:4], row["at B"], row["won, tied, lost"], row["unreadable"]) == ("0.60", "-", "3, 0, 2", "1")
+def test_verdicts_by_length_place_and_second_judge(folder, run):
+    second = VERDICTS | {PAIRS[0]: "base"}                      # decides the first pair otherwise
+    evaluation(folder, "second/1", 1, variant="second", judge="openai:other", verdict=second.get,
+               response=lambda pair: "Tea it is." if pair == PAIRS[1] else "Tea and cake it is, for you.")
+    base, main, other = evaluations(folder)
+    assert list(report.verdicts([base], {}))[0]["won"] == ""
+    row, = report.verdicts([main], {"main, t=1": [other]})
+    assert number(row["after 1"]) == 66.7 and number(row["after 2"]) == 50 and row["B minus A"] == "-"
+    assert [row[name] for name in ("won", "tied", "lost", "unreadable")] == [*"3021"]
+    assert [number(row[name]) for name in ("other", "agreement", "kappa")] == [40, 80, near((.8 - .48) / .52)]
+    run(report, folder)
+    page = (folder / "report/index.html").read_text()
+    assert '<th scope="col">other</th>' in page and "second, t=1" not in page, "a judge is no variant"
+    assert (number(row["words"]), number(row["more than Q_BASE"])) == (round((5 * 7 + 3) / 6, 1), round(20 / 6, 1))
     shutil.rmtree(folder / "main")
-    evaluation(folder, "main/1", 1, verdict=lambda pair: "ours", orders=evaluate.ORDERS)
+    evaluation(folder, "main/1", 1, verdict=lambda pair: "ours", orders=evaluate.ORDERS,
+               response=lambda pair: "甜的？")
     path = folder / "main/1/test/verdicts.jsonl"
     rows = read_lines(path)
     rows[1]["verdict"] = "base"                                 # the second order of the first pair: a tie
     write_rows(path, rows)
-    row, = report.win_rates(evaluations(folder))
-    assert row["won, tied, lost"] == "5, 1, 0" and row["at A"][:4] == "1.00" and number(row["at B"]) == near(5 / 6)
-    assert PAIRS[0] in [pair for why, pair in report.examples(evaluations(folder)[1]).items() if "contradicts" in why]
+    row, = report.verdicts([e for e in evaluations(folder) if e.name == "main, t=1"], {})
+    assert [row[name] for name in ("won", "tied", "lost")] == [*"510"]
+    assert number(row["B minus A"]) == round(-100 / 6, 1)
+    assert row["words"].startswith("2.0") and row["with a question"].startswith("100.0 %"), "two characters"
 
 
 def test_questions_and_simulated_users(folder):
     shutil.rmtree(folder / "main")
-    talks = {"p0": talk("Your job?", "I’d recommend that you ask me, no?", "Your job?", "I’d advise my own, no?"),
+    talks = {"p0": talk("Your job?", "Tea, no?", "Your job?", "A job, no？"),
              "p1": talk("Your job?", "Tea & cake a lot."), "p2": talk("Where do you live?", "You should buy our own.")}
     evaluation(folder, "main/1", 1, talks=lambda pair: talks[pair[1]])
-    row = list(report.questions(evaluations(folder)))[1]
-    expected = {"repeated": 0.5 / 3,                            # half of p0's, none of the others'
-                "distinct-1": (2 / 8 + 2 / 4 + 4 / 8) / 3,      # two samples of each
-                "distinct-2": (1 / 4 + 1 / 2 + 3 / 6) / 3, "asked of others": 2 / 3}
-    assert {name: number(row[name]) for name in expected} == {name: near(x) for name, x in expected.items()}
-    assert row["model"] == "main, t=1" and row["n"] == "6" and number(row["words"]) == round((2 + 2 + 4) / 3, 1)
-    row = list(report.simulated_users(evaluations(folder), common.read_personas(folder / "personas.jsonl")))[1]
-    # "I'm p1. I like tea & cake a lot." has 7 words past the first: 6 trigrams, of which "tea cake a", "cake a lot"
-    expected = {"asks back": 1 / 3, "advises": 0.5, "not in the first person": 1 / 3, "persona told": 2 / 6 / 3}
-    assert {name: number(row[name]) for name in expected} == {name: near(x) for name, x in expected.items()}
+    path = folder / "main/1/test.jsonl"
+    row = list(report.conversations(evaluations(folder), common.read_personas(folder / "personas.jsonl")))[1]
+    # "I'm p1. I like tea & cake a lot.": 8 words, "tea", "cake", "a", "lot" of them in the answer; of p0's 1, then 1.
+    expected = {"repeated": 50 / 3, "asked of others": 200 / 3, "asks back": 100 / 3,
+                "persona told": 100 * (1 / 8 + 4 / 8) / 3}
+    assert {name: number(row[name]) for name in expected} == {name: round(x, 1) for name, x in expected.items()}
+    assert row["model"] == "main, t=1" and row["conversations"] == "12" and number(row["words"]) == round(8 / 3, 1)
+    rows = read_lines(path)
+    for i, mark in ((0, {"cut": 1}), (1, {"refused": "no"})):
+        rows[i] |= mark
+    write_rows(path, rows)
+    for file in folder.rglob("main/1/test/*.settings.json"):
+        settings = json.loads(file.read_text())
+        file.write_text(json.dumps(settings | {"conversations": common.fingerprint(str(path))}))
+    row = list(report.conversations(evaluations(folder), common.read_personas(folder / "personas.jsonl")))[1]
+    assert (row["conversations"], row["cut"], row["refused"]) == ("11", "1", "1")
 
 
 def test_gain_a_turn_of_shortened_conversations(folder):
@@ -176,132 +212,149 @@ def test_gain_a_turn_of_shortened_conversations(folder):
     evaluation(folder, "another/a/base", 0, lambda pair: -99.0, roleplayer="another")
     row, = report.gain_a_turn(evaluations(folder))
     assert [number(row[k]) for k in "012"] == [-20.0, -16.0, near(-12.5 + 8 / 6)]
-    assert row["n"] == "6" and row["model"] == "main, t=1"
+    assert row["pairs"] == "6" and row["model"] == "main, t=1"
 
 
-def test_the_papers_table():
-    key = {"variant": "main", "iteration": 1, "roleplayer": "u", "condition": "", "mean": 0.6, "n": 9, "sem": 0.0512}
-    mine, nats, wins = stats.tables([
-        {**key, "variant": "no_reg", "metric": "win_rate", "mean": 0.2, "sem": None, "n": 8},
-        {**key, "metric": "win_rate", "interval_95": [0.5, 0.7]}, {**key, "metric": "mine", "mean": None},
-        *({**key, "metric": "gold_log_prob", "condition": name} for name in ("q_random", "q_experimental"))])
-    assert stats.as_text(mine) == ["", "mine; n = 9", "                 t=1", "main               -"]
-    main = ["  main", "0.60 ± 0.05"]
-    assert nats.rows == [["Q-Experimental", ""], main, ["Q-Random", ""], main]
-    assert wins.rows == [["main", "0.600 ± 0.051 (0.50 to 0.70)"], ["no_reg", "0.200"]]
-    assert wins.title.endswith("95 % interval); n = 8 to 9")
+def test_other_means_and_other_trainings():
+    key = {"variant": "main", "iteration": 1, "roleplayer": "u", "condition": "", "metric": "win_rate"}
+    rows = [{**key, "mean": 0.6, "interval_95": [0.5, 0.7]},
+            {**key, "metric": "mine", "title": "Mine (share)", "mean": None},
+            {**key, "metric": "gold_log_prob", "condition": "q_new", "mean": -3.0, "roleplayer": "v"}]
+    assert list(report.measures({"a": rows}, "u")) == [
+        {"model": "main, t=1", "a": "-", "of": "Mine (share)"},
+        {"model": "main, t=1 (v)", "a": "-3.00", "of": "gold_log_prob q_new"}]
+    runs = {name: [{**key, "mean": mean}] for name, mean in (("a", 0.6), ("b", 0.7), ("c", 0.8))}
+    assert list(report.measures(runs, "u")) == [{
+        "model": "main, t=1", "mean": "70.0 %", "between runs": "10.0 % (60.0 to 80.0)", "a": "60.0 %", "b": "70.0 %",
+        "c": "80.0 %", "of": "win_rate"}]
+    assert stats.cell(-0.001) == "0.00", "no -0.00"
+    table = stats.Table("t", ["m", "a" * 50, "b" * 60], [["1", "2", "3"]], [])
+    assert stats.as_text(table) == ["t", f"m  {'a' * 50}", "1  2", f"(on the page: {'b' * 60})"]
+
+
+def test_what_was_kept_and_held_out(folder):
+    here = folder / "main/1"
+    (here / "model").mkdir()
+    write_rows(here / "selected.jsonl", [{**ids(PAIRS[0]), "sample": 0, "gold_log_prob": -5.0}])
+    write_rows(here / "scores-gold.jsonl", [{**ids(PAIRS[0]), "log_prob": x} for x in (-5.0, -8.0, None)])
+    write_rows(here / "model/log.jsonl", [{"held_out": 1.5}, {"loss": 2.0}, {"loss": 1.0}, {"held_out": 1.75}])
+    for name, settings in (("selected.jsonl", {"gold": "g"}), ("scores-gold.jsonl", {"gold": "g"}), (
+            "model", {"selected": common.fingerprint(str(here / "selected.jsonl"))})):
+        (here / f"{name}.settings.json").write_text(json.dumps(settings))
+    assert list(report.trainings(folder)) == [{
+        "model": "main, t=1", "kept": "-5.00", "all": "-6.50", "held out": "1.500 to 1.750", "loss": "2.000 to 1.000",
+        "steps": "2", "kept conversations": "1"}]
 
 
 def test_power_before_a_run(run):
     rows, t = list(stats.power(300, 10)), scipy_stats.t.ppf([0.975, 0.8], 9).sum()
-    assert rows[0]["smallest"] == f"{0.5 + t * 0.5 / 300 ** 0.5:.3f}"
-    assert rows[3]["smallest"] == f"{0.5 + t * 0.5 * ((1 + 29 * 0.1) / 300) ** 0.5:.3f}" and rows[3]["r"] == "0.1"
+    assert rows[0]["smallest"] == f"{50 + t * 50 / 300 ** 0.5:.1f} %"
+    assert rows[3]["smallest"] == f"{50 + t * 50 * ((1 + 29 * 0.1) / 300) ** 0.5:.1f} %" and rows[3]["r"] == "0.1"
     assert list(stats.power(2, 2))[0]["smallest"] == "none"
-    assert rows[3]["smallest"] in run_stage("report/report.py", "--power", 300, 10)[0]
+    out = run_stage("report/report.py", "--power", 300, 10)[0]
+    assert rows[3]["smallest"] in out and "r: the correlation of" in " ".join(out.split())
+    assert max(map(len, out.splitlines())) <= 100
     assert "at least two personas" in run(report, "--power", 10, 300, status=2)[1]
-    values = {(i, j): (i - j) ** 2 + i for i in range(10) for j in range(10)}
-    assert stats.smallest_difference(values) == pytest.approx(t * evaluate.clustered_sem(values))
 
 
-def test_length_controlled_win_rate_against_statsmodels():
-    rng = np.random.default_rng(1)
-    longer = rng.normal(3, 10, 200)
-    points = np.where(rng.random(200) < 0.1, 0.5, rng.random(200) < 1 / (1 + np.exp(-0.5 - longer / 10)))
-    fit = sm.GLM(points, sm.add_constant(longer / longer.std()), family=sm.families.Binomial()).fit()
-    mine = stats.length_controlled(list(zip(points, longer)))
-    assert mine == pytest.approx(fit.params[0], abs=1e-4), "the ridge changes little"
-    assert stats.share_of([mine, None]) == [pytest.approx(fit.predict([[1, 0]])[0], abs=1e-4), None]
-    # The longer answer always wins: among the equal ones 6 of 10 do.
-    longest_wins = stats.length_controlled([(1, 0)] * 6 + [(0, 0)] * 4 + [(1, 5)] * 3)
-    assert stats.share_of(longest_wins) == pytest.approx(0.6, abs=0.01)
-    for nothing in ([(1, 2), (0, 2), (1, 2)], [], [(1, 2), (1, 1), (1, 3)]):    # all of one length; none; all won
-        assert stats.length_controlled(nothing) is None
+def influence(statistic, n):
+    """The derivative of a weighted statistic by each weight, times n, from its own differences."""
+    return [n * (statistic(1 + step) - statistic(1 - step)) / 2e-5 for step in 1e-5 * np.eye(n)]
 
 
-def test_kappa_against_statsmodels(folder):
-    rng = np.random.default_rng(2)
-    first = rng.choice([0.0, 0.5, 1.0], 100)
-    second = np.where(rng.random(100) < 0.7, first, rng.choice([0.0, 0.5, 1.0], 100))
-    counts = np.zeros((3, 3))
-    np.add.at(counts, ((2 * first).astype(int), (2 * second).astype(int)), 1)
-    assert stats.kappa(list(zip(first, second))) == pytest.approx(cohens_kappa(counts).kappa)
-    assert stats.kappa([(1.0, 1.0)]) is None and stats.kappa([]) is None
-    # A second judge of the same conversations and answers, who decides the first pair otherwise.
-    evaluation(folder, "second/1", 1, variant="second", judge="openai:other",
-               response=lambda pair: "Tea it is." if pair == PAIRS[1] else "Tea and cake it is, for you.",
-               verdict={**VERDICTS, PAIRS[0]: "base"}.get)
-    row, = report.judges(evaluations(folder))
-    assert [row["judges"], row["n"]] == ["openai:judge, openai:other", "5"]
-    assert [number(row[name]) for name in ("first", "second", "kappa")] == [
-        0.6, 0.4, near((0.8 - (0.6 * 0.4 + 0.4 * 0.6)) / (1 - 0.48))]
+def test_estimates_and_each_pairs_influence_against_numpy_and_statsmodels():
+    rng, n = np.random.default_rng(2), 40
+    x, y, points = rng.normal(3, 10, n), rng.normal(1, 1, n), rng.choice([0.0, 0.5, 1.0], n)
+    second, pairs = np.where(rng.random(n) < 0.7, points, rng.choice([0.0, 0.5, 1.0], n)), [(i, i) for i in range(n)]
+
+    def kappa(weights):
+        counts = np.zeros((3, 3))
+        np.add.at(counts, ((2 * points).astype(int), (2 * second).astype(int)), weights)
+        return cohens_kappa(counts).kappa
+
+    def of(values):
+        return dict(zip(pairs, values.tolist()))
+
+    for mine, statistic in (
+            (stats.ratio(of(x), of(y)), lambda w: (w * x).sum() / (w * y).sum()),
+            (stats.kappa(of(points), of(second)), kappa),
+            (stats.length_controlled(of(points), of(x)),
+             lambda w: sm.WLS(points, sm.add_constant(x), w).fit().params[0])):
+        estimate = statistic(np.ones(n))
+        assert np.mean([*mine.values()]) == pytest.approx(estimate)
+        assert np.array([*mine.values()]) - estimate == pytest.approx(np.array(influence(statistic, n)), abs=1e-4)
+    assert stats.kappa({0: 1}, {0: 1}) == stats.kappa({}, {}) == stats.ratio(of(x), of(-abs(y))) == {}
+    for a, b in ((points, x - 100), (points, 0 * x), (0 * points, x)):  # 0 was not observed; one length; all lost
+        assert stats.length_controlled(of(a), of(b)) == {}
+    same = {pair: float(i > 0) for i, pair in enumerate(pairs)}
+    assert stats.agreement(same, {**same, pairs[1]: 0.0})["kappa"].endswith("to 1.00)"), "no kappa above 1"
 
 
-def test_jackknife_of_a_mean_is_the_means_interval():
-    values = {(i, j): x for (i, j), x in np.ndenumerate(np.random.default_rng(3).normal(size=(5, 7)))}
-    estimate, interval = stats.jackknife(lambda xs: sum(xs) / len(xs), values)
-    assert estimate == pytest.approx(np.mean([*values.values()]))
-    assert interval == pytest.approx(evaluate.interval_95(values))
-    assert stats.jackknife(lambda xs: None, values) == (None, None)
-
-
-def test_conversations_are_chosen_by_rule(folder):
-    main = evaluations(folder)[1]
-    assert {why.split(" (")[0]: pair for why, pair in report.examples(main).items()} == {
-        "the best gain": PAIRS[3], "the median": PAIRS[5], "the worst": PAIRS[2], "a tie: the same answer": PAIRS[1]}
-    shown = report.side(main, PAIRS[3])
-    assert (shown["nats"], shown["sample"], shown["talk"]) == ({0: -7.5, 1: -6.5}, 1, main.talks[*PAIRS[3], 1])
+def test_conversations_are_chosen_by_the_gain_of_what_is_shown(folder):
+    base, main = evaluations(folder)
+    main.log_probs["q_experimental"][*PAIRS[2], 1] = 0.0        # the shown one; its other sample is the worst
+    given = ({t: {"task": t} for t in TASKS}, {p: {"persona": p} for p in PEOPLE}, dict.fromkeys(PAIRS, "Tea."))
+    found = report.examples(main, *given)
+    assert [it["outcome"] for it in found] == ["+0.00 nats, no verdict", "+1.00 nats, won", "+2.00 nats, lost",
+                                               "+3.00 nats, won", "+4.00 nats, won", "+13.50 nats, lost"]
+    assert [it["why"] for it in found] == ["worst", "", "lost", "won", "", "best"], "each pair once"
+    assert found[-1]["lines"][-2:] == [("answers", ["Tea it is.", "Tea and cake it is, for you."]),
+                                       ("log p(gold)", ["-13.50", "0.00"])]
+    assert "who read main, t=1 as A, preferred Q_BASE." in found[-1]["judge"][0]
+    del main.responses[PAIRS[4]]
+    assert len(report.examples(main, *given)) == 5, "what was not answered was not judged"
+    main.responses, main.verdicts = {}, {}                      # without a judge: each pair's first conversation
+    assert [it["why"] for it in report.examples(main, *given)] == ["worst", *4 * [""], "best"]
 
 
 def test_the_page(folder, run, monkeypatch):
     (folder / "notes.txt").write_text("yes  1 < 2\n")
-    (folder / "main/1/model").mkdir()
-    write_rows(folder / "main/1/model/log.jsonl", [{"step": i, "loss": 2.0 - i} for i in (1, 2)])
-    assert pictures.training_curves(folder) == {"main": {1: [1.0, 0.0]}}
-    out, _ = run(report, folder, "--notes", folder / "notes.txt", "--published")
-    page, text = ((folder / "report" / name).read_text() for name in ("index.html", "report.md"))
+    out, _ = run(report, folder, "--notes", folder / "notes.txt")
+    assert "main, t=1: 1 of 6 verdicts are missing or unreadable (16.7 %)." in out
+    page = (folder / "report/index.html").read_text()
     html5lib.HTMLParser(strict=True).parse(page)                # raises at the first error
     sources = re.findall(r"(?:src|href|url)\s*[=(]\s*[\"']?([^\"' >)]{0,20})", page)
     assert sources and all(source.startswith("data:") for source in sources) and "<script" not in page
-    assert "\x1b" not in page + text
-    for words in ("1 &lt; 2", "Plan &lt;t0&gt;", "tea &amp; cake", "<strong>main</strong>: the method", "user: user."):
+    assert "\x1b" not in page
+    for words in ("1 &lt; 2", "Plan &lt;t0&gt;", "tea &amp; cake", "main: Q_t asks, and Q_t answers",
+                  "best: +4.00 nats, won", "All 6 pairs, worst first", ">openai:judge<", "Commit of the page",
+                  'scope="row"', 'alt="Win rate against Q_BASE. At the end: main, user: 0.60"', 'dir="auto"'):
         assert words in page, words
-    for words in ("Paired differences", "main, t=1 - Q_BASE", "the best gain (+4.00 nats)", "-7.50", "-6.50*",
-                  "by 1.33 (", "in 0.60 ("):
-        assert words in page and words in text, words
-    assert "Plan &lt;t0&gt; \\| soon" in text and "yes  1 < 2" in text
-    drawn = {path.name for path in (folder / "report").iterdir()} - {"index.html", "report.md"}
-    names = ("win_rates", "log_probs", "variants", "training")
-    assert drawn == {f"{name}.{kind}" for name in names for kind in ("png", "svg")}
-    assert page.count("data:image/svg+xml") == 4 and "4 pictures" in out
-    run(report, folder, "--notes", folder / "notes.txt", "--published")
+    assert {path.name for path in (folder / "report").iterdir()} == {"index.html", "gains.svg", "win_rates.svg"}
+    assert out.splitlines()[-1] == f"{folder}/report/index.html" and "from the first file to the last" in out
+    run(report, folder, "--notes", folder / "notes.txt")
     assert (folder / "report/index.html").read_text() == page, "the same run gives the same page"
+    other = folder.parent / "other"
+    shutil.copytree(folder, other)
+    assert "between runs" in run(report, folder, other)[0]
+    assert "between runs" in (folder / "report/index.html").read_text()
     monkeypatch.setitem(sys.modules, "report.pictures", None)   # without matplotlib it has the rest
     assert "report/requirements.txt" in run(report, folder)[0]
-    page = (folder / "report/index.html").read_text()
-    assert "<img" not in page and "Paired differences" in page
+    assert "<img" not in (folder / "report/index.html").read_text()
 
 
 def test_what_is_drawn_is_what_was_measured(folder):
-    rows = evaluate.read_results(folder / "results.jsonl")
-    rows.append({**rows[0], "variant": "no_reg", "iteration": 1, "mean": -11.0, "interval_95": None})
-    rows.append({**rows[0], "variant": "none", "iteration": 1, "mean": None, "sem": None})      # nothing was readable
-    lines = pictures.lines_of(rows, "variants", "user")
-    assert {line: [row["mean"] for row in of] for line, of in lines.items()} == {
-        "main": [-12.5, -11.5], "no_reg": [-12.5, -11.0]}
-    assert [row["mean"] for row in pictures.lines_of(rows, "win_rates", "user")["main"]] == [0.5, 0.6]
-    assert pictures.lines_of(rows, "users", "user") == {}, "there is one user"
-    gains = [{**rows[0], "metric": "gold_log_prob_gain", "iteration": 1, "condition": condition, "mean": mean}
-             for condition, mean in (("q_experimental", 1.0), ("q_random", -0.5))]
-    assert {line: [row["mean"] for row in of] for line, of in pictures.lines_of(gains, "gains", "user").items()} == {
-        "main": [0, 1.0], "main, another user's": [0, -0.5]}, "from 0"
+    evaluation(folder, "no_reg/1", 1, lambda pair: -16.0, variant="no_reg")
+    rows = [{**evaluate.read_results(folder / "results.jsonl")[0], "variant": variant, "iteration": t, "mean": mean,
+             "metric": "coverage", "interval_95": None} for variant, t, mean in (
+                 ("main", 0, 0.1), ("main", 1, 0.2), ("no_reg", 1, 0.3))]
+    drawn = {name: panels for name, (_, _, panels) in report.pictures_of(evaluations(folder), rows).items()}
+    own, other, none = drawn["gains"]["main"].values()
+    assert own[0] == (0, 0, 0, 0) and own[1][:2] == (1, near(8 / 6)) and list(drawn["gains"]) == ["main", "no_reg"]
+    assert [x[:2] for x in other] == [(0, -1.0), (1, near(8 / 6 - 1))], "Q-Random of Q_BASE stands at t=0"
+    assert none == [(0, -7.5, *none[0][2:])] and drawn["win_rates"]["main"]["user"][1][:2] == (1, 0.6)
+    assert [x[1] for x in drawn["coverage"]["no_reg"]["user"]] == [0.1, 0.3], "from Q_BASE's"
     figure, axes = pictures.pyplot.subplots()
-    pictures.panel(axes, lines, dict(zip(lines, pictures.STYLES)))
-    main, no_reg = (container.lines for container in axes.containers)
-    assert [list(line[0].get_xdata()) for line in (main, no_reg)] == [[0, 1], [0.03, 1.03]]
-    assert list(main[0].get_ydata()) == [-12.5, -11.5]
-    assert [tuple(segment[:, 1]) for segment in main[2][0].get_segments()] == [(-14, -11), (-14, -11)]
-    assert tuple(no_reg[2][0].get_segments()[1][:, 1]) == (-11.5, -10.5), "without an interval: the standard error"
+    pictures.panel(axes, {"a": [(0, 1, 0, 3), (1, 2, 1.5, 4)], "b": [(0, 1, 1, 1), (1, 2, 2, 2)]},
+                   dict(zip("ab", pictures.STYLES)))
+    a, b = (container.lines for container in axes.containers)
+    assert [list(line[0].get_xdata()) for line in (a, b)] == [[0, 1], [0.03, 1.03]] and list(a[0].get_ydata()) == [1, 2]
+    assert [tuple(segment[:, 1]) for segment in a[2][0].get_segments()] == [(0, 3), (1.5, 4)]
     pictures.pyplot.close(figure)
+    for colour, *_ in pictures.STYLES:                          # WCAG: (1 + .05) / (luminance + .05) on white
+        part = [int(colour[i:i + 2], 16) / 255 for i in (1, 3, 5)]
+        part = [x / 12.92 if x < 0.04 else ((x + 0.055) / 1.055) ** 2.4 for x in part]
+        assert 1.05 / (np.dot(part, (0.2126, 0.7152, 0.0722)) + 0.05) >= 3, colour
 
 
 @pytest.mark.parametrize("spoil, says", [

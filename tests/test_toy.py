@@ -227,8 +227,6 @@ def test_coverage_and_asking_again_and_what_remains_of_a_win_by_hand():
         assert measure.coverage(turn("diet", told), task, persona) == share
     asked = turn("pet", "No.") + turn("pet", "dog.") + turn("job and pet", "dog.")
     assert manners.asks_again(asked) == 0.5
-    assert manners.share_kept([(1, 1), (0.5, 1), (1, 1), (0, 0)]) == 0.5
-    assert manners.share_kept([(1, 0), (1, 1)]) is None, "there was no win"
 
 
 def test_permuted_golds_belong_to_somebody_else(tmp_path):
@@ -322,8 +320,7 @@ def test_two_runs_are_checked(tmp_path):
         (run / "main/2/test").mkdir(parents=True)               # an evaluation that was interrupted
         write_rows(run / "results.jsonl", results_of(f"main 1 win_rate = {win}"))
     out, _ = run_stage("toy/check.py", tmp_path / "1", tmp_path / "2", "--output", tmp_path / "check.txt")
-    assert out.count("Does it hold in") == 2 and "NO " not in out and "over 2 seeds" in out
-    assert "main 0.650 ± 0.042 0.700 ± 0.000" in " ".join(out.split()), "mean and standard deviation"
+    assert out.count("Does it hold in") == 2 and "NO " not in out
     assert out.strip() == (tmp_path / "check.txt").read_text().strip()
     assert max(map(len, out.splitlines())) <= 100 + len(str(tmp_path))
     (tmp_path / "1/results.jsonl").write_text("")

@@ -1,34 +1,20 @@
-"""What the paper found, and whether it holds in a run of the embedded world; the tables of several runs.
+"""What the paper found, and whether it holds in runs of the embedded world.
 
     python toy/check.py runs/toy
     python toy/check.py runs/seed-100 runs/seed-101 runs/seed-102       # runs that differ in their seed
 
-Of several runs, means over the seeds are shown, ± the standard deviation between them. report/report.py shows one run.
+report/report.py shows the means, those of several runs, too.
 """
 import argparse
 import re
 import statistics
 import sys
 import textwrap
-from collections import defaultdict
 from pathlib import Path
-
-import measure
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the stages; first, since PyPI has an "evaluate", too
 from common import PAIR, fail, read_rows, read_settings, write_whole  # noqa: E402
-from evaluate import RESULT_KEY, read_results  # noqa: E402
-from report.stats import TITLES, as_text, table  # noqa: E402
-
-
-def over_seeds(runs):
-    """[results of a run, ...] -> rows for `stats.table`: the mean of the runs' means, their standard deviation in
-    the place of the SEM, and the number of runs."""
-    means = defaultdict(list)
-    for row in (row for rows in runs for row in rows):
-        means[tuple(row[name] for name in RESULT_KEY)].append(row["mean"])
-    return [{**dict(zip(RESULT_KEY, key)), "mean": statistics.mean(values), "n": len(values),
-             "sem": statistics.stdev(values) if len(values) > 1 else None} for key, values in means.items()]
+from evaluate import read_results  # noqa: E402
 
 
 def findings(rows, user="roleplayer"):
@@ -61,7 +47,8 @@ def findings(rows, user="roleplayer"):
 
     def gold_gains():
         row = cells["main", T, "gold_log_prob_gain", "q_experimental"]
-        return row["mean"] > 3 * row["sem"], f"{row['mean']:.2f} ± {row['sem']:.2f} nats at t = {T}"
+        low, high = row["interval_95"]
+        return row["mean"] > 3 * row["sem"], f"{row['mean']:.2f} ({low:.2f} to {high:.2f}) nats at t = {T}"
 
     def relevance_rises():
         before, after = mean("main", 0, "relevant_share"), mean("main", T, "relevant_share")
@@ -180,14 +167,8 @@ def main():
     for run, rows in runs.items():
         if not any(row["iteration"] for row in rows):
             fail(f"{run}/results.jsonl: no results of an iteration on split {args.split}. Run `RUN={run} bash run.sh`.")
-    lines = []
-    if len(runs) > 1:                                           # report.py has the tables of one run
-        for metric, title in {**TITLES, **measure.TITLES}.items():
-            means = table(over_seeds(list(runs.values())), metric,
-                          f"{title.split(' (')[0]} (mean over {len(runs)} seeds ± standard deviation)")
-            lines += as_text(means) if means else []
     shares = [outcomes(run, args.split) for run in runs]
-    lines += ["", "By the judge's scores: won, tied, lost, and the win rate with ties as halves (means over the runs)"]
+    lines = ["", "By the judge's scores: won, tied, lost, and the win rate with ties as halves (means over the runs)"]
     for variant, t in sorted(set.intersection(*map(set, shares)), key=lambda key: (key[0] != "main", key)):
         won, tied, lost = (statistics.mean(column) for column in zip(*(share[variant, t] for share in shares)))
         lines.append(f"{variant}, t = {t}: {won:.3f} {tied:.3f} {lost:.3f}  {won + tied / 2:.3f}")

@@ -12,7 +12,7 @@ from pathlib import Path
 import measure  # puts the stages on the path
 from common import SAMPLE, fail, read_personas, read_tasks
 from report.report import golds, points, read_evaluations
-from report.stats import cell, jackknife, mean, minus, of_pairs
+from report.stats import mean, minus, of_pairs, ratio
 from world import question_slot
 
 PLAIN = "roleplayer"
@@ -55,21 +55,17 @@ def read_runs(folders, split):
     return found
 
 
-def share_kept(wins):
-    """[(points with a user, points with the reference), ...] -> what remains of the win above one half, or None."""
-    there, reference = (statistics.mean(column) - 0.5 for column in zip(*wins))
-    return there / reference if reference > 0 else None
-
-
 def kept(found, t, tested, reference):
-    """`share_kept` with each manner, and with all four together. tested, reference: a manner -> (run, user)"""
+    """What remains of the win above one half, with each manner, and with all four together; "-" where there was none.
+    tested, reference: a manner -> (run, user)"""
     each = []
     for user in MANNERS:
         there, plain = (found[(*which(user), t)]["win rate"] for which in (tested, reference))
-        each.append({pair: (there[pair], plain[pair]) for pair in there if pair in plain})
+        each.append({pair: (there[pair] - 0.5, plain[pair] - 0.5) for pair in there if pair in plain})
     together = {pair: tuple(map(statistics.mean, zip(*(both[pair] for both in each))))
                 for pair in each[0] if all(pair in both for both in each)}
-    return [cell(*jackknife(share_kept, both)) for both in (*each, together)]
+    return [mean(ratio(*({pair: wins[i] for pair, wins in both.items()} for i in (0, 1))))
+            for both in (*each, together)]
 
 
 def print_table(title, head, rows):

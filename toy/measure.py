@@ -29,11 +29,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the stages; firs
 from common import fail, key_of, read_conversations, read_personas, read_tasks, run  # noqa: E402
 from evaluate import by_pair, read_responses, roleplayer_label, summary, write_results  # noqa: E402
 
-TITLES = {"relevant_share": "Questions about a fact that matters, each fact once (share; mean ± clustered SEM)",
-          "coverage": "Facts that matter and were told, of those possible (share; mean ± clustered SEM)",
-          "question_share": "Responses that are another question (share; mean ± clustered SEM)",
-          "used_facts": "Facts of the persona that matter, in a response (mean ± clustered SEM)",
-          "invented_facts": "Invented facts in a response (mean ± clustered SEM)"}
+TITLES = {"relevant_share": "Questions about a fact that matters, each fact once (share)",
+          "coverage": "Facts that matter and were told, of those possible (share)",
+          "question_share": "Responses that are another question (share)",
+          "used_facts": "Facts of the persona that matter, in a response",
+          "invented_facts": "Invented facts in a response"}
 
 
 def relevant_share(conversation, task):
