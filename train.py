@@ -188,6 +188,8 @@ def fit(accelerator, model, args, training, validation, batches, folder, shape="
         optimizer.zero_grad()
         bar.set_postfix(loss=f"{losses[-1]:.3f}")
     after = mean_loss(accelerator, model, validation, args.micro_batch_size, loss_of)
+    for nats in (before, after) if validation else ():
+        print(json.dumps({"held_out": nats}), file=log, flush=True)
     return model, f"loss {losses[0]:.3f} -> {losses[-1]:.3f} nats a {'pair' if loss_of else 'token'}" + (
         f", held out {before:.3f} -> {after:.3f}" if validation else "")
 
@@ -254,7 +256,7 @@ def train(args, read_examples, schedule="cosine", loss_of=None, **more):
 
     model = load_model(args.base, dtype)                        # Q_BASE, not Q_{t-1}
     if args.gradient_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.activation_checkpointing_enable({"use_reentrant": False})
     if dtype == "bfloat16" and accelerator.is_main_process:
         weights = [weight.detach() for weight in model.parameters()]
         moved = sum((w + args.lr != w).sum().item() for w in weights) / sum(w.numel() for w in weights)

@@ -33,8 +33,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # first: there, to
 from aloe.simulate import cuts, deal, read_people, roleplayer_chat, talk, talk_parser, walked  # noqa: E402
 from common import (Request, Rows, answer_all, fail, fingerprint, name_of, natural, read_prompts, run,  # noqa: E402
                     say, seed_for, start_processes)
-from evaluate import roleplayer_label, write_results  # noqa: E402
-from report.stats import jackknife, kappa  # noqa: E402
+from evaluate import roleplayer_label, summary, write_results  # noqa: E402
+from report.stats import kappa  # noqa: E402
 
 PROMPTS = read_prompts("aloe_judge")
 
@@ -168,12 +168,11 @@ def main():
             key=lambda key: (seed_for(args.seed, "second", *key), key))[:args.second_cases]]
         name = name_of(args.second_judge)
         second = judged(args.second_judge, "scores-" + name.replace("/", "-"), {key: requests[key] for key in few})
-        both = {key: (scores[key]["score"], second[key]["score"]) for key in few if second[key]["score"]}
-        equal = lambda pairs: sum(a == b for a, b in pairs) / max(1, len(pairs))               # noqa: E731
-        add_results({f"{metric} with {name}": {"mean": mean, "interval_95": interval, "sem": None, "n": len(both)}
-                     for metric, statistic in (("agreement", equal), ("kappa", kappa))
-                     for mean, interval in [jackknife(statistic, both)]})
-        say(processes, f"{second.summary()}; {len(few) - len(both)} unreadable")
+        ours, theirs = ({key: rows[key]["score"] for key in few if second[key]["score"]} for rows in (scores, second))
+        equal = {key: float(ours[key] == theirs[key]) for key in ours}
+        add_results({f"{metric} with {name}": summary(values)
+                     for metric, values in (("agreement", equal), ("kappa", kappa(ours, theirs)))})
+        say(processes, f"{second.summary()}; {len(few) - len(ours)} unreadable")
     say(processes, f"{output.summary()} ({cuts(output.values())}); {len(people) - len(whole)} refused",
         f"{scores.summary()}; {sum(row['score'] is None for row in scores.values())} unreadable")
 

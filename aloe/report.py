@@ -69,7 +69,7 @@ def intervals(run, results, split):
             lines.append([f"{one} - {other} {condition}", str(len(who)), *(
                 cell(ours[name] - theirs[name], bounds.get(name), METRICS[name]) for name in ("AL", "IR")), "", ""])
     return Table("95 % intervals (bootstrap over users; a difference whose interval has 0 in it may be noise)",
-                 ["", "users", *METRICS], lines)
+                 ["", "users", *METRICS], lines, [])
 
 
 def check_seeds(runs, split):
@@ -109,14 +109,14 @@ def draw(results, folder):
     from report.pictures import STYLES, panel, pyplot
     names = []
     for condition in dict.fromkeys(row["condition"] for row in results if row["metric"] == "AL"):
-        lines = {model: [{"iteration": k, "mean": al, "interval_95": bounds} for k, (al, bounds) in enumerate(zip(
+        lines = {model: [(k, al, *bounds) for k, (al, bounds) in enumerate(zip(
             row["by_round"], row.get("interval_by_round") or [[al, al] for al in row["by_round"]]), 1)]
             for model, row in curves(results, condition).items()}
         for name, own in (("al", True), ("controls", False)):
             if models := {model: of for model, of in lines.items() if (model in PAPER) == own}:
                 figure, ax = pyplot.subplots(figsize=(5.5, 4.5), layout="constrained")
                 panel(ax, models, dict(zip(models, 3 * STYLES)))
-                k = [row["iteration"] for row in max(models.values(), key=len)]
+                k = [k for k, *_ in max(models.values(), key=len)]
                 ax.set(xlabel="round k", ylabel="AL(k)", ylim=(1, 5), title=f"{condition}, 95 % intervals", xticks=k,
                        xticklabels=k)
                 ax.legend(frameon=False, fontsize=9, loc="upper center", bbox_to_anchor=(0.5, -0.14), ncols=4)

@@ -55,7 +55,7 @@ def measure(conversations, personas):
         rows.append({**row, "coverage": coverage(told, persona["importance"], len(asked)),
                      "answered": sum(told) / len(asked) if persona["importance"] else None,
                      "questions": sum("?" in text for text in asked) / len(asked),
-                     "cut": float("cut" in row),
+                     "cut": float(bool(row.get("cut"))),
                      "asked_once": sum(times[words(text)] == 1 for text in asked) / len(asked)})
     return {metric: by_pair(rows, metric) for metric in TITLES}
 
@@ -74,7 +74,7 @@ def main():
     tasks, known = read_tasks(args.tasks), {"persona": str, "importance": list}
     personas = {row["persona_id"]: row for row in read_rows(args.personas, {"persona_id": str}, known)}
     conversations = [row for row in read_conversations(args.conversations, tasks, personas)
-                     if tasks[row["task_id"]]["split"] == args.split and "refused" not in row] or fail(
+                     if tasks[row["task_id"]]["split"] == args.split and not row.get("refused")] or fail(
                          f"{args.conversations}: none on --split {args.split}. Name the split that was simulated.")
     common = {"variant": args.variant, "iteration": args.iteration, "condition": "", "split": args.split,
               "roleplayer": roleplayer_label(args.conversations, args.roleplayer)}

@@ -69,17 +69,17 @@ def read_evaluations(folder, split, tasks, personas):
         e = SimpleNamespace(settings=s, variant=s["variant"], t=s["iteration"], user=s["roleplayer"],
                             turns=s.get("turns"), verdicts=defaultdict(list), log_probs=defaultdict(dict))
         e.name = model_name(e.variant, e.t, e.user, user)
-        e.talks = {key_of(row): row["conversation"] for row in rows["conversations"] if "refused" not in row}
+        e.talks = {key_of(row): row["conversation"] for row in rows["conversations"] if not row.get("refused")}
         e.users = {pair_of(row): row.get("roleplayer", e.user) for row in rows["conversations"]}
-        e.responses = {pair_of(row): row for row in rows["responses"] if "refused" not in row}
+        e.responses = {pair_of(row): row for row in rows["responses"] if not row.get("refused")}
         for row in rows["log_probs"]:
             if row.get("log_prob") is not None:
                 e.log_probs[row["condition"]][key_of(row)] = row["log_prob"]
         e.golds = {condition: of_pairs(nats) for condition, nats in e.log_probs.items()}
         for row in rows["verdicts"]:
             e.verdicts[pair_of(row)].append(row)
-        e.missing = {what: (sum("refused" in row for row in of), len(of)) for what, of in rows.items() if of}
-        e.cut = sum("cut" in row for row in rows["conversations"])
+        e.missing = {what: (sum(bool(row.get("refused")) for row in of), len(of)) for what, of in rows.items() if of}
+        e.cut = sum(bool(row.get("cut")) for row in rows["conversations"])
         found.append(e)
     found.sort(key=lambda e: (e.user != user, e.user, e.t > 0, e.variant != "main", e.variant, e.t))
     nobody = SimpleNamespace(golds={}, responses={}, log_probs=defaultdict(dict), talks={})

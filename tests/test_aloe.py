@@ -362,10 +362,10 @@ def test_from_conversations_to_the_table(run, world, server, tiny, monkeypatch):
     learn = ["--conversations", world / "c.jsonl", "--dtype", "float32", "--lr", "1e-3", "--batch-size", 6]
     out = twice(train, [*learn, "--stage", "sft", "--base", tiny], "sft", "model.safetensors", "log.jsonl")
     assert "10 examples + 2 held out (0 conversations refused, 0 rounds longer" in out and "6 steps of 6" in out
-    rates = [row["rate"] for row in read_lines(world / "sft/log.jsonl")]
+    rates = [row["rate"] for row in read_lines(world / "sft/log.jsonl")[:-2]]
     assert rates == pytest.approx([1e-3 * (6 - i) / 6 for i in range(6)]), "linear, to 0"
     out = twice(train, [*learn, "--stage", "dpo", "--base", world / "sft"], "dpo", "model.safetensors")
-    losses = [row["loss"] for row in read_lines(world / "dpo/log.jsonl")]
+    losses = [row["loss"] for row in read_lines(world / "dpo/log.jsonl")[:-2]]
     assert "nats a pair" in out and losses[0] == pytest.approx(math.log(2), abs=1e-4), "the reference is the start"
     assert len(losses) == 2 and losses[1] != pytest.approx(math.log(2), abs=1e-4), "one epoch; something was learned"
 

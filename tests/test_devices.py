@@ -107,7 +107,7 @@ def check_three_steps(world, base, monkeypatch):
     assert [len(batch) for batch in batches] == [8, 8, 3] * 2 and batches[:3] == batches[3:]
     steps, by_hand = train_by_hand(base, batches[:3])
     for name in ("whole", "checkpoints", "accumulated"):
-        log = read_lines(world.path(f"{name}/log.jsonl"))
+        log = [row for row in read_lines(world.path(f"{name}/log.jsonl")) if "loss" in row]
         assert [row["loss"] for row in log] == pytest.approx([loss for loss, _ in steps], rel=1e-5)
         assert [row["norm"] for row in log] == pytest.approx([norm for _, norm in steps], rel=1e-4)
         # What Adam allows: a step moves a weight by about the rate, however small its gradient, and where that is

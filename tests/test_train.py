@@ -89,7 +89,8 @@ def test_training_from_the_command_line(run, world, tmp_path):
     assert "target: 'response' there, 'none' now" in err
     out, _ = run(train, *train_flags(world, base, "again"))
     assert digest(world.path("again")) == after, "the same seed: the same weights and log"
-    log = read_lines(world.path("m/log.jsonl"))
+    *log, before, after = read_lines(world.path("m/log.jsonl"))
+    assert f"held out {before['held_out']:.3f} -> {after['held_out']:.3f}" in out
     assert [row["step"] for row in log] == [1, 2, 3, 4] and all(row["norm"] > 0 for row in log)
     assert f"loss {log[0]['loss']:.3f} -> {log[-1]['loss']:.3f} nats" in out
     assert [row["rate"] for row in log] == pytest.approx([0, 1e-3, 0.75e-3, 0.25e-3]), "one step of warm-up, cosine"
@@ -150,7 +151,7 @@ def test_what_is_not_ours_is_kept_and_found_out_before_training(run, world, tiny
     assert err.count("error: ") == 1 and "m.unfinished: " in err and (folder / "thesis.txt").read_text() == "mine"
     (folder / "thesis.txt").rename(folder / "log.jsonl")         # as a kill leaves it
     run(train, *flags)
-    assert not folder.exists() and len(read_lines(world.path("m/log.jsonl"))) == 2
+    assert not folder.exists() and len(read_lines(world.path("m/log.jsonl"))) == 2 + 2
 
 
 @pytest.mark.parametrize("failure, said", [

@@ -97,7 +97,7 @@ def main():
     args = parse_args()
     tasks, personas = read_tasks(args.tasks), read_personas(args.personas)
     conversations = [row for row in read_conversations(args.conversations, tasks, personas)
-                     if tasks[row["task_id"]]["split"] == args.split and "refused" not in row]
+                     if tasks[row["task_id"]]["split"] == args.split and not row.get("refused")]
     responses = list(read_responses(args.responses)) if args.responses else []
     if not set(map(key_of, responses)) <= set(map(key_of, conversations)):
         fail(f"{args.responses}: answers conversations that are not in {args.conversations}. Give the file behind it.")
