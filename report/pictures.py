@@ -1,6 +1,5 @@
 """The pictures of report.py. Lines differ in colour, marker and dash, so that they can be told apart in grey and by the
-colour-blind; each colour has a contrast of 3:1 on white, or more.
-"""
+colour-blind; each colour has a contrast of 3:1 on white, or more."""
 from itertools import zip_longest
 
 import matplotlib
@@ -34,9 +33,10 @@ def draw(folder, pictures):
         panels = {what: {line: of for line, of in lines.items() if len(of) > 1 or "control" in line and of}
                   for what, lines in panels.items() if any(len(of) > 1 for of in lines.values())}
         if panels:
-            lines, rows = dict.fromkeys(line for lines in panels.values() for line in lines), (len(panels) + 2) // 3
-            figure, axes = pyplot.subplots(rows, min(3, len(panels)), squeeze=False, sharey=True, layout="constrained",
-                                           figsize=(max(6.5, 3.6 * min(3, len(panels))), 0.8 + 2.6 * rows))
+            lines, n = dict.fromkeys(line for lines in panels.values() for line in lines), len(panels)
+            rows = -(-n // (columns := 2 if n == 4 else min(3, n)))
+            figure, axes = pyplot.subplots(rows, columns, squeeze=False, sharey=True, layout="constrained",
+                                           figsize=(max(6.5, 3.6 * columns), 0.8 + 2.6 * rows))
             for ax, what in zip_longest(axes.flat, panels):
                 if not what:
                     ax.set_axis_off()
