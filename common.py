@@ -18,6 +18,7 @@ import re
 import sys
 from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from datetime import date
 from functools import lru_cache
 from glob import escape, glob
 from pathlib import Path
@@ -282,7 +283,7 @@ class Rows(dict):
         refused, cut = (sum(bool(row.get(mark)) for row in self.values()) for mark in ("refused", "cut"))
         again = len(ServerModel.repeated)
         return f"{self.path}: {len(self)} rows, {refused} refused, {cut} cut at --max-tokens" + (
-            f", {again} requests sent again (a longer --timeout or less --concurrency spares them)" if again else "")
+            f", {again} requests sent again (time-outs? --timeout, --concurrency)" if again else "")
 
 
 # ---------------------------------------------------------------- chats: lists of messages until the tokenizer
@@ -326,8 +327,8 @@ def response_form(name, task, conversation, persona=None, prompt=None, form=FORM
 
 
 # Llama 3.2's template and others write today's date, and log-probabilities would change overnight.
-SAME_DAY = "{% macro strftime_now(f) %}{{ f" + "".join(f"|replace('%{code}', '{date}')" for code, date in zip(
-    "dbBmYy", "26 Jul July 07 2024 24".split())) + " }}{% endmacro %}"
+SAME_DAY = "{% macro strftime_now(format) %}{{ format" + "".join(
+    f"|replace('%{code}', '{date(2024, 7, 26):%{code}}')" for code in "aAbBdeFHIjmMpSxyY") + " }}{% endmacro %}"
 
 
 def render(tokenizer, chat, **more):
@@ -359,7 +360,8 @@ def fold_system(chat):
 def template_marks(tokenizer):
     """The tokens that a template alone may write: special ones, and added ones that its text has, such as DeepSeek's
     <｜User｜> and Qwen3's <think>, which no file marks as special."""
-    added, template = tokenizer.added_tokens_decoder.values(), str(tokenizer.chat_template)
+    chat = [{"role": role, "content": ""} for role in ("system", "user", "assistant")[not knows_system(tokenizer):]]
+    added, template = tokenizer.added_tokens_decoder.values(), f"{tokenizer.chat_template}{render(tokenizer, chat)}"
     return [*tokenizer.all_special_tokens, *(token.content for token in added if token.special or
                                              token.content in template and re.search(r"[^\w\s]", token.content))]
 
@@ -387,7 +389,8 @@ def last_turn(tokenizer, chat):
     invited, text = render(tokenizer, before, add_generation_prompt=True), render(tokenizer, [*before, answer])
     start = render(tokenizer, [*before, {**answer, "content": mark}]).find(mark)    # after a thought, in some templates
     stop = start + len(said)
-    if not text.startswith(invited) or start < len(invited) or text[start:stop] != said:
+    open_thought = re.search(rf"({THOUGHT})\s*$", invited, re.IGNORECASE)   # a reply cut in it would be an answer
+    if open_thought or not text.startswith(invited) or start < len(invited) or text[start:stop] != said:
         fail(f"{tokenizer.name_or_path}: its chat template invites the assistant to another beginning than it shows of "
              """the answer, a thought perhaps. If so: --chat-template-kwargs '{"enable_thinking": false}'.""")
     if not text[len(invited):start].strip():
@@ -426,14 +429,14 @@ class Reply(NamedTuple):
 
 
 # What begins a thought and what ends it: Qwen's, Magistral's, Command's, gpt-oss's and Gemma's.
-THOUGHT = r"<(seed:)?think(ing)?>|\[THINK\]|<\|START_THINKING\|>|<\|channel\|?>"
-ANSWER = r"</(?:seed:)?think(?:ing)?>|\[/THINK\]|<\|END_THINKING\|>|final<\|message\|>|<channel\|>"
+THOUGHT = r"<(\w+:)?(think(ing)?|thought|reasoning)>|\[think\]|<\|start_thinking\|>|<\|channel\|?>"
+ANSWER = r"</(?:\w+:)?(?:think(?:ing)?|thought|reasoning)>|\[/think\]|<\|end_thinking\|>|final<\|message\|>|<channel\|>"
 
 
 def reply_of(text, cut, marks=()):
     """A model's text -> Reply, without a thought before it and without `marks`. A thought with no end is a refusal."""
-    text = re.split(ANSWER, text)[-1].strip()
-    if re.match(THOUGHT, text):
+    text = re.split(ANSWER, text, flags=re.IGNORECASE)[-1].strip()
+    if re.match(THOUGHT, text, re.IGNORECASE):
         return Reply("", "a thought without an answer: raise --max-tokens, or switch thinking off")
     return Reply(re.sub("|".join(map(re.escape, marks)), "", text).strip(), cut=cut)
 
@@ -456,9 +459,9 @@ def served_model(spec):
     return name, url[0] if url else None
 
 
-# A server's errors: of one row, which is refused; for ever (status 2); all others may pass (status 75).
-OF_A_ROW = "content.?(filter|policy)|moderation|safety|flagged|invalid_prompt|context.?(length|size)|too (long|many)"
-FOR_EVER = "insufficient_quota|credit.balance|billing"
+# A 429 that no waiting helps. ("billing" stands in OpenAI's and Gemini's limits of a minute, too.)
+FOR_EVER = "insufficient.(quota|balance)|exceeded_current_quota|available credits"
+GOOD_ENDS = ("stop", "eos", "eos_token", "end_turn", "stop_sequence", "complete")
 
 
 class ServerModel:
@@ -475,7 +478,6 @@ class ServerModel:
         variable = "SERVER_API_KEY" if url else "OPENAI_API_KEY"
         self.key = os.environ.get(variable, "").strip()
         self.failure, self.pool = None, ThreadPoolExecutor(args.concurrency)   # one pool, of simulate.py's two threads
-        self.answered = False           # whether the set-up is right: an error is a row's own then
         self.client = OpenAI(base_url=url, timeout=args.timeout, max_retries=8, api_key=self.key or f"set {variable}",
                              http_client=DefaultHttpxClient(event_hooks={"response": [self._look]}))
 
@@ -483,12 +485,13 @@ class ServerModel:
         """Tells the client what a status does not: an error inside a 200 is one; without money no waiting helps."""
         response.read()
         if response.request.headers.get("x-stainless-retry-count", "0") != "0":
-            self.repeated.append(response.status_code)
+            self.repeated.append(response.request)
         if response.status_code == 429 and re.search(FOR_EVER, response.text):
             response.headers["x-should-retry"] = "false"
-        if response.status_code == 200 and '"finish_reason"' not in response.text and re.search(
+        if response.status_code == 200 and not re.search(r'"finish_reason": ?"', response.text) and re.search(
                 r'"choices": ?null|"error": ?[{"]', response.text):                             # OpenRouter's
-            response.status_code = 502
+            code = re.search(r'"code": ?([45]\d\d)\b', response.text)
+            response.status_code = int(code[1]) if code else 502
 
     def _mask(self, text):
         """A server's text without the key, and without halves of a character."""
@@ -500,11 +503,13 @@ class ServerModel:
         if not answer.choices:
             raise ValueError("no choices")
         message, end = answer.choices[0].message, answer.choices[0].finish_reason
-        text, refusal = (self._mask((part or "").strip()) for part in (message.content, message.refusal))
-        reply = reply_of(text, end in ("length", "max_tokens"))
-        self.answered = True
-        if refusal or end not in (None, "", "stop", "eos", "end_turn", "length", "max_tokens"):
+        content = message.content if isinstance(message.content, list) else [{"text": message.content or ""}]
+        text = "".join(part.get("text", "") for part in content)            # Mistral sends a thought as another part
+        text, refusal = (self._mask(part.strip()) for part in (text, message.refusal or ""))
+        cut = end in ("length", "max_tokens", "MAX_TOKENS", "model_length")
+        if refusal or not cut and (end or "stop").lower() not in GOOD_ENDS:
             return Reply("", refusal or f"{end} (answer)")
+        reply = reply_of(text, cut)
         return reply if reply.text or reply.refused else Reply("", f"empty (finish_reason {end})")
 
     def _ask(self, request, temperature, top_p, max_tokens):
@@ -518,21 +523,20 @@ class ServerModel:
                 model=self.name, messages=chat, extra_body={k: v for k, v in more.items() if v is not None}))
         except OpenAIError as error:
             status = error.status_code if isinstance(error, APIStatusError) else 503            # no answer at all
-            why = self._mask(f"{status} {error.response.text}" if isinstance(error, APIStatusError) else str(error))
-            own = self.answered and status != 403 or re.search(OF_A_ROW, why, re.IGNORECASE)
-            if status in (400, 403, 413, 422) and own and not re.search(FOR_EVER, why):
-                return Reply("", f"{why[:200]} (prompt)")
-            away = (status >= 500 or status in (408, 409, 429)) and not re.search(FOR_EVER, why)
-            self.failure = (ConnectionError if away else OSError)(
-                f"{self.spec}: {why} (does its URL end in /v1? --extra, --system, --concurrency change what is sent)")
+            why = f"{status} {error.response.text}" if isinstance(error, APIStatusError) else str(error)
+            why += " (does its URL end in /v1? --extra, --system, --concurrency change what is sent)"
         except (ValueError, TypeError, AttributeError, LookupError) as error:
-            self.failure = OSError(self._mask(f"{self.spec}: sends no chat completion ({error}); is the URL right?"))
+            status, why = 400, f"sends no chat completion ({error}); is the URL right?"
+        hi = request._replace(chat=[{**message, "content": "Hi"} for message in request.chat])
+        if status in (400, 403, 413, 422) and hi != request and self._ask(hi, temperature, top_p, max_tokens):
+            return Reply("", f"{self._mask(why)[:200]} (prompt)")           # its own: the same with other words is none
+        away = (status >= 500 or status in (408, 409, 429)) and not re.search(FOR_EVER, why)
+        self.failure = self.failure or (ConnectionError if away else OSError)(f"{self.spec}: {self._mask(why)}")
 
     def generate(self, requests, temperature, top_p, max_tokens, skip=(), share=slice(None)):
         """{key: Request} -> yields (key, Reply) as answers arrive, with at most --concurrency requests under way.
         `skip`: keys that need no reply; `share`: which of the others are this process's. After an error, what is under
         way, and paid for, still comes."""
-        self.answered = self.answered or bool(skip)
         asked = {self.pool.submit(self._ask, requests[key], temperature, top_p, max_tokens): key
                  for key in [key for key in requests if key not in skip][share]}
         try:
@@ -685,10 +689,10 @@ def load(auto_class, path, **more):
         fail(f"{path}: cannot be loaded ({' '.join(str(error).split())[:300]}). Give a model folder or a hub name.")
 
 
-def load_model(path, dtype):
+def load_model(path, dtype, **more):
     """A causal language model by folder or hub name, in `dtype` ("float32", "bfloat16")."""
     from transformers import AutoModelForCausalLM
-    model, loaded = load(AutoModelForCausalLM, path, dtype=dtype, output_loading_info=True)
+    model, loaded = load(AutoModelForCausalLM, path, dtype=dtype, output_loading_info=True, **more)
     if loaded["missing_keys"]:                                  # transformers would draw them at random
         fail(f"{path}: weights are missing, such as {min(loaded['missing_keys'])}. The folder is incomplete.")
     return model

@@ -34,7 +34,8 @@ def persona_request(examples, seed, prompts=PROMPTS):
 
 def name_in(persona):
     """The first name with which a persona opens, in any script: "I'm REECE. ...", "Meet Zara, an ...". None where the
-    word may be no name: "I'm Deaf and ...", "I'm Maria's grandson", "I'm Canadian, ... Call me Jo"."""
+    word may be no name: "I'm Deaf and ...", "I'm Maria's grandson", "I'm Canadian, ... Call me Jo". ("I'm Deaf, ..." is
+    taken for one.)"""
     title = r"(?:(?:Dr|Mr|Mrs|Ms|Prof|Professor|Captain|Sir|Lady|Lord)\.?\s+)?"
     surnames = r"(?:\s+\p{Lu}[\w\p{M}.'’-]*)*\s*(?:[^\s\w#('’]|$)"                         # and a comma, or a stop
     match = regex.match(r"[^\p{L}]*(?:(?:My name is|My name['’]s|(I['’]m|I am|Meet|This is|Introducing))\s+"
@@ -91,8 +92,8 @@ def main():
             name = name_in(answer["reply"])
             why = ("refused" if answer.get("refused") else "cut" if answer.get("cut") else
                    "no name" if name is None else "name taken" if name.lower() in taken else
-                   "a copy" if any(SequenceMatcher(None, text, answer["reply"]).ratio() > 0.8 for text in examples) else
-                   None)
+                   "a copy" if any(SequenceMatcher(None, text.split(), answer["reply"].split()).ratio() > 0.8
+                                   for text in examples) else None)
             if why:
                 rejected[why] += 1
                 missing.append((persona_id, split))

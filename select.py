@@ -104,7 +104,8 @@ def main():
                 select_random(c, args.k, seed_for(args.seed, "pick", *pair)))
         for sample in sorted(keep):
             row = {**rows[(*pair, sample)], "gold_log_prob": c[sample], "response": None}
-            cut = row.pop("cut", None)                          # is the response's in this file
+            cut = row.pop("cut", None)                          # is the response's in this file; once it was a number
+            cut = cut if isinstance(cut, list | None) else list(range(len(row["conversation"])))
             chosen[(*pair, sample)] = {**row, "cut_turns": cut} if cut else row
     if not chosen:
         fail(f"{args.conversations}: no gold response has a finite log-probability. Look at its rows, and at --base.")

@@ -54,7 +54,10 @@ def roleplayer_chat(persona, task, conversation, prompts=PROMPTS):
 
 def own_words(reply):
     """What the user says: without the label in which the prompt ends, and without the turns that it invents after."""
-    text = re.split(r"^\s*(?:AI Assistant|You):", re.sub(r"^You:\s*", "", reply.text), flags=re.M)[0].strip()
+    own, any_ = (rf"^[\W_]*(?:{who})[ *_]*[:：][ *_]*" for who in (     # "**You:** ..."
+        "You|User|Human", "You|User|Human|AI Assistant|AI|Assistant"))
+    text = re.sub(own, "", reply.text, flags=re.IGNORECASE)
+    text = re.split(any_, text, flags=re.IGNORECASE | re.MULTILINE)[0].strip()
     return reply._replace(text=text, refused=reply.refused or (None if text else "speaks for the assistant"))
 
 

@@ -52,8 +52,8 @@ def training_examples(tokenizer, chat, cut=()):
     examples, said = [], 0                                      # said: tokens until the end of the turn before
     for i in [i for i, message in enumerate(chat) if message["role"] == "assistant"]:
         ids, first, end, close = last_turn(tokenizer, chat[:i + 1])
-        labels = [-100] * len(ids)
-        labels[first:end if i - 1 in cut else close] = ids[first:end if i - 1 in cut else close]
+        stop = end if i - 1 in cut else close
+        labels = [-100] * first + ids[first:stop] + [-100] * (len(ids) - stop)
         if examples and ids[:said] == examples[-1][0][:said]:   # the turns before are shown as they were said
             labels[:said] = examples.pop()[1][:said]
         examples.append((ids, labels))
@@ -123,7 +123,7 @@ def read_examples(args, tokenizer):
         else:
             chat = example_chat(personas[pair[1]]["name"], tasks[pair[0]]["task"], row["conversation"], target, form)
             response_cut = [len(row["conversation"])] if row.get("cut") and args.target == "response" else []
-            for example in training_examples(tokenizer, chat, response_cut + (row.get("cut_turns") or [])):
+            for example in training_examples(tokenizer, chat, [*response_cut, *(row.get("cut_turns") or ())]):
                 if len(example[0]) <= args.max_length:
                     examples[pair].append(example)
                 else:
@@ -273,7 +273,7 @@ def train(args, read_examples, schedule="cosine", loss_of=None, **more):
             state = {name.replace("_orig_mod.", ""): weight for name, weight in state.items()}      # torch.compile's
             model.save_pretrained(unfinished, state_dict=state)
             tokenizer.save_pretrained(unfinished)
-            load_model(unfinished, args.dtype)                  # it opens, and no weight is missing
+            load_model(unfinished, args.dtype, device_map="meta")       # it opens, and no weight is missing
             os.replace(unfinished, args.output)                 # whole or not at all
         except Exception as error:                              # safetensors has errors of its own for a full disk
             raise OSError(f"{args.output}: {error}")

@@ -143,16 +143,15 @@ def test_an_error_inside_a_200_is_asked_again_and_counted(run, world, server):
 def test_no_money_left_is_no_reason_to_wait(run, world, server):
     server.reply = lambda request: (429, {"error": {"message": "You exceeded it", "code": "insufficient_quota"}})
     assert "exceeded it" in ask_gold(run, world, server, "--concurrency", 1, status=2)[0] and len(server.requests) == 1
-    low = 400, {"error": {"message": "Your credit balance is too low"}}         # after answers, too
+    low = 400, {"error": {"message": "Your credit balance is too low"}}         # whatever is asked
     server.reply = lambda request: low if len(server.requests) > 4 else (200, "Gold.")
     ask_gold(run, world, server, "--concurrency", 1, status=2, output="h.jsonl")
 
 
-@pytest.mark.parametrize("message, of_the_row", [
-    ("The maximum context length is 4096 tokens. However, ...", True), ("Prompt is too long", True),
-    ("Response blocked by our content management policy: content_filter", True), ("unknown argument: seed", False)])
-def test_a_400_is_its_rows_by_its_words_or_after_an_answer(run, world, server, message, of_the_row):
-    server.reply = lambda request: (400, {"error": {"message": message}})
+@pytest.mark.parametrize("message, of_the_row", [("Content Exists Risk", True), ("unknown argument: seed", False)])
+def test_a_400_is_its_rows_if_the_same_request_with_other_words_is_answered(run, world, server, message, of_the_row):
+    server.reply = lambda request: (200, "Hi.") if of_the_row and request["messages"][-1]["content"] == "Hi" else (
+        400, {"error": {"message": message}})
     flags = ["--max-refused", 1, "--concurrency", 1, "--limit", 3]
     said, rows = ask_gold(run, world, server, *flags, status=None if of_the_row else 2)
     assert all(message in row["refused"] for row in rows) and len(rows) == 3 * of_the_row
@@ -175,7 +174,8 @@ def test_a_404_names_v1_and_a_missing_file_an_earlier_stage(run, world, server):
 
 @pytest.mark.parametrize("said, heard", [
     ("You: It is tiny.", "It is tiny."), ("It is tiny.\nAI Assistant: And now?\nYou: In Oslo.", "It is tiny."),
-    ("Tiny. You: see?", "Tiny. You: see?"), ("AI Assistant: And now?", "")])
+    ("Tiny. You: see?", "Tiny. You: see?"), ("AI Assistant: And now?", ""), ("**You:** Hi.\n\n**AI:** So?", "Hi."),
+    ("user： Hi", "Hi"), ("Your: see?", "Your: see?")])
 def test_the_user_speaks_for_himself_alone(said, heard):
     reply = simulate.own_words(common.Reply(said))
     assert reply.text == heard and bool(reply.refused) == (not heard)
