@@ -433,12 +433,12 @@ THOUGHT = r"<(\w+:)?(think(ing)?|thought|reasoning)>|\[think\]|<\|start_thinking
 ANSWER = r"</(?:\w+:)?(?:think(?:ing)?|thought|reasoning)>|\[/think\]|<\|end_thinking\|>|final<\|message\|>|<channel\|>"
 
 
-def reply_of(text, cut, marks=()):
-    """A model's text -> Reply, without a thought before it and without `marks`. A thought with no end is a refusal."""
+def reply_of(text, cut):
+    """A model's text -> Reply, without a thought before it. A thought that has no end is a refusal."""
     text = re.split(ANSWER, text, flags=re.IGNORECASE)[-1].strip()
     if re.match(THOUGHT, text, re.IGNORECASE):
         return Reply("", "a thought without an answer: raise --max-tokens, or switch thinking off")
-    return Reply(re.sub("|".join(map(re.escape, marks)), "", text).strip(), cut=cut)
+    return Reply(text, cut=cut)
 
 
 def start_processes():
@@ -524,14 +524,14 @@ class ServerModel:
         except OpenAIError as error:
             status = error.status_code if isinstance(error, APIStatusError) else 503            # no answer at all
             why = f"{status} {error.response.text}" if isinstance(error, APIStatusError) else str(error)
-            why += " (does its URL end in /v1? --extra, --system, --concurrency change what is sent)"
         except (ValueError, TypeError, AttributeError, LookupError) as error:
-            status, why = 400, f"sends no chat completion ({error}); is the URL right?"
+            status, why = 400, f"sends no chat completion ({error})"
         hi = request._replace(chat=[{**message, "content": "Hi"} for message in request.chat])
         if status in (400, 403, 413, 422) and hi != request and self._ask(hi, temperature, top_p, max_tokens):
             return Reply("", f"{self._mask(why)[:200]} (prompt)")           # its own: the same with other words is none
         away = (status >= 500 or status in (408, 409, 429)) and not re.search(FOR_EVER, why)
-        self.failure = self.failure or (ConnectionError if away else OSError)(f"{self.spec}: {self._mask(why)}")
+        self.failure = self.failure or (ConnectionError if away else OSError)(
+            f"{self.spec}: {self._mask(why)} (does its URL end in /v1? --extra, --system change what is sent)")
 
     def generate(self, requests, temperature, top_p, max_tokens, skip=(), share=slice(None)):
         """{key: Request} -> yields (key, Reply) as answers arrive, with at most --concurrency requests under way.
@@ -587,8 +587,10 @@ class LocalModel:
                 said = self._answer([prompts[key] for key in batch], groups, np.stack(draws), temperature, top_p)
             for key, tokens in zip(batch, said):
                 cut = tokens[-1] not in self.stops
-                text = self.tokenizer.decode(tokens[:None if cut else -1])
-                yield key, reply_of(text, cut, template_marks(self.tokenizer))
+                text, bare = (self.tokenizer.decode(tokens[:None if cut else -1], skip_special_tokens=skip).strip()
+                              for skip in (False, True))
+                reply = reply_of(text, cut)     # where a special token marks a thought
+                yield key, reply_of(bare, cut) if reply.text == text else reply
 
     def _prefill(self, prompts, groups):
         """B lists of ids -> (cache, ids (B, L), mask): ids are what the cache does not hold yet, at least one a row.
@@ -702,11 +704,11 @@ def load_tokenizer(path, args=None):
     """The tokenizer of a model folder; one without a chat template, or that loses a text's blanks, is refused."""
     from transformers import AutoTokenizer
     tokenizer = load(AutoTokenizer, path)
-    tokenizer.chat_template_kwargs = getattr(args, "chat_template_kwargs", {})
+    tokenizer.chat_template_kwargs = args.chat_template_kwargs if hasattr(args, "chat_template_kwargs") else {}
     if tokenizer.chat_template is None or tokenizer.eos_token_id is None or not tokenizer.is_fast:
         fail(f"{path}: its tokenizer has no chat template, no eos token or no offsets. Use an instruction-tuned model.")
     read = tokenizer.decode(tokenizer("Which tea?", add_special_tokens=False)["input_ids"])
-    if read.split() != ["Which", "tea?"]:
+    if len(read.split()) != 2:
         fail(f"{path}: its tokenizer makes {read!r} of \"Which tea?\". Take another version of transformers.")
     return tokenizer
 

@@ -128,7 +128,7 @@ def compare_simulate(folder, args):
                 yield key, common.Reply(text.strip())
 
     def run(generate):
-        rows = {(pair, sample): {"turns": 3, "conversation": [], "cut": 0}
+        rows = {(pair, sample): {"turns": 3, "conversation": []}
                 for pair in range(len(openings)) for sample in range(10)}
 
         def ask(alive, turn):

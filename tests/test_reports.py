@@ -84,10 +84,9 @@ def test_the_turn_that_was_cut_is_the_one_whose_end_is_not_learned(run, world, t
     ("<|channel|>analysis<|message|>Hm.<|end|><|start|>assistant<|channel|>final<|message|>Which?", "Which?"),
     ("<|channel|>analysis<|message|>Hm", None), ("<|channel>thought\nHm<channel|>Which?", "Which?"),
     ("<think>Hm", None),
-    ("Which <|im_end|>one?", "Which one?"), ("Which?", "Which?")])
-def test_a_thought_is_no_answer_and_a_mark_no_text(said, text):
-    reply = common.reply_of(said, cut=True, marks=["<|im_end|>", "<|im_start|>"])
-    assert reply._replace(text=said) == common.reply_of(said, True)._replace(text=said)
+    ("Which?", "Which?")])
+def test_a_thought_is_no_answer(said, text):
+    reply = common.reply_of(said, cut=True)
     assert (reply.text or None) == text and bool(reply.refused) == (text is None)
 
 
