@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Runs a fork: bash forks/run.sh NAME [smoke | toy | ...]. It copies the tree to runs/forks/NAME, applies NAME.diff there,
-# and runs the command in the diff's third line, with the pairs and seeds of `bash run.sh smoke`. SEED=43 runs another.
+# Runs a fork: bash forks/run.sh NAME [smoke | toy | ...]. It copies the tree to runs/forks/NAME, applies the diff there,
+# and runs the command in the diff's third line, with the pairs and seeds of `bash run.sh smoke`. SEED=43 has others.
 set -eo pipefail
 cd "$(dirname "$0")/.."
 diff=forks/$1.diff there=runs/forks/$1${SEED:+-$SEED}
@@ -8,7 +8,7 @@ refuse() { echo "forks/run.sh: $*" >&2; exit 2; }
 [ -f "$diff" ] || refuse "no fork '$1'; there are: $(cd forks && echo *.diff)"
 if [ ! -d "$there" ]; then
     rm -rf "$there.new" && mkdir -p "$there.new"
-    tar -c --exclude ./runs --exclude ./.git --exclude ./.venv --exclude ./venv --exclude ./models . | tar -x -C "$there.new"
+    tar -cf - --exclude ./runs --exclude ./.git --exclude ./.venv --exclude ./venv . | tar -xf - -C "$there.new"
     git apply --directory "$there.new" "$diff"
     mv "$there.new" "$there"
 fi
