@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Runs a fork: bash forks/run.sh NAME [smoke | toy | ...]. It copies the tree to runs/forks/NAME, applies the diff there,
+# A fork's run: bash forks/run.sh NAME [smoke | toy | ...] copies the tree to runs/forks/NAME, applies the diff there,
 # and runs the command in the diff's third line, with the pairs and seeds of `bash run.sh smoke`. SEED=43 has others.
 set -eo pipefail
 cd "$(dirname "$0")/.."
