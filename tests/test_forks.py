@@ -104,6 +104,11 @@ def test_gain_drops_the_pairs_that_no_conversation_helps(fork, run, world, tiny)
     kept, scores = read_out(world, "sample")
     assert {*kept} == {pair for pair, p in scores.items() if p[-1,] < max(p.values())}
     assert 0 < len(kept) < len(scores) and min(row["sample"] for row in kept.values()) == 0
+    chat = common.response_form("Ann", world.tasks[0]["task"], [])
+    chat.append({"role": "assistant", "content": world.gold[0]["gold"]})
+    ids, n = common.scored_ids(common.load_tokenizer(tiny), chat)
+    log_p = common.load_model(tiny, "float32")(torch.tensor([ids])).logits[0, -n - 1:-1].log_softmax(-1)
+    assert scores["A0", "Ap0"][-1,] == pytest.approx(log_p[range(n), ids[-n:]].sum().item(), abs=1e-3)
 
 
 def test_information_is_nothing_where_a_conversation_fits_all_users(fork, run, world, tiny):
