@@ -163,8 +163,8 @@ def test_several_users_are_dealt_by_weight_and_have_prompts_of_their_own(fork, r
 
 def test_by_chance_draws_by_probability_margin_wants_one_that_stands_out_smoothed_shares_a_hundredth(fork, tiny):
     select, = fork("by_chance", "select")
-    drawn = [select.select_best({0: np.log(0.7) - i, 1: np.log(0.3) - i}, 1)[0] for i in range(2000)]
-    assert np.mean(drawn) == pytest.approx(0.3, abs=0.03)
+    drawn = [select.select_best({c: np.log(p) - i for c, p in enumerate((0.6, 0.3, 0.1))}, 1)[0] for i in range(4000)]
+    assert np.bincount(drawn) / 4000 == pytest.approx([0.6, 0.3, 0.1], abs=0.02)
     select, = fork("margin", "select")
     assert select.select_best({0: -1.0, 1: -9.0}, 1, 3) == [0] and not select.select_best({0: -1.0, 1: -9.0}, 1, 5)
     train, = fork("smoothed", "train")
