@@ -22,7 +22,7 @@ LOOP = ["run.sh", *(f"settings/{file.name}" for file in sorted((ROOT / "settings
 TEXTS = [*PAGES, *LOOP, "forks/run.sh", *SCRIPTS]
 FOREIGN = set("""--n --nnodes --index-url --nproc_per_node --config_file --tensor-parallel-size --generation-config
     --device --gpu-memory-utilization --help --always --dirty --num_processes --rdzv_backend --rdzv_endpoint --nodes
-    --ntasks-per-node --gpus-per-node --time --no-deps --exclude --directory""".split())                                # of other programs
+    --ntasks-per-node --gpus-per-node --time --no-deps --exclude --directory""".split())         # of other programs
 Q, PAPER = "mistralai/Mistral-7B-Instruct-v0.2", {              # the published settings
     "generate_personas.py": "splits A=50,B=50,test=10 temperature 1.4 top-p 0.9 max-tokens 400",
     "gold.py": "temperature 0.0 top-p 0.9 max-tokens 300",

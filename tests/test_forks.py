@@ -159,6 +159,9 @@ def test_several_users_are_dealt_by_weight_and_have_prompts_of_their_own(fork, r
         "--shares", 1, 1, "--user-prompts", world.path("curt"), world.path("kind"))
     said = {(row["roleplayer"], row["conversation"][1]["content"]) for row in read_lines(world.path("out.jsonl"))}
     assert said == {("m as curt", "Be curt."), ("m as kind", "Be kind.")}
+    server.reply = lambda request: (200, "Yes.")
+    run(simulate, *world.command("simulate", tiny, server.url, output="alone.jsonl"), "--shares", 3)
+    assert read_lines(world.path("alone.jsonl"))[0]["roleplayer"] == "m as prompts"
 
 
 def test_by_chance_draws_by_probability_margin_wants_one_that_stands_out_smoothed_shares_a_hundredth(fork, tiny):
