@@ -436,7 +436,7 @@ def test_evaluation_from_end_to_end(run, world, tiny, server):
     golds[12]["gold"] = " "
     write_rows(world.path("gold.jsonl"), golds)
     out, _ = run(evaluate, *world.command("evaluate", tiny, output="e0"))
-    assert "1 pairs without a gold response" in out and "main, t = 0: gold_log_prob q_experimental -" in out
+    assert "1 pairs without a gold response" in out and "main, t=0: gold_log_prob q_experimental -" in out
     base = rows_of(world, "e0/log_probs.jsonl")
     assert Counter(row["condition"] for row in base) == {
         "q_experimental": 22, "q_random": 22, "negative_control": 11, "positive_control": 11}

@@ -237,7 +237,7 @@ def test_precisions_from_the_command_line(run, world, tiny, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")       # as `accelerate launch` passes it on
         seen, real = [], train.load_model
-        patch.setattr(train, "load_model", lambda path, dtype: seen.append(dtype) or real(path, dtype))
+        patch.setattr(train, "load_model", lambda path, dtype, **more: seen.append(dtype) or real(path, dtype, **more))
         out, _ = run(train, *flags("mixed", "--rounding", "stochastic"))        # as run.sh paper's: no rounding
         assert seen == ["float32", "bfloat16"] and "is lost" not in out
     AcceleratorState._reset_state(True)
