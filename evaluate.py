@@ -177,7 +177,7 @@ def write_results(path, rows, who="{variant}, t={iteration}"):
         results = {tuple(row[name] for name in RESULT_KEY): row for row in [*read_results(path), *rows]}
         write_whole(path, "".join(json.dumps(results[key]) + "\n" for key in sorted(results)))
     for row in rows:
-        mean = "{mean:.3f} ({interval_95[0]:.3f} to {interval_95[1]:.3f})" if row.get("interval_95") else "{mean}"
+        mean = "{mean:.3f} ({interval_95[0]:.3f} to {interval_95[1]:.3f})" if row.get("interval_95") else "{mean!s:.7}"
         print((who + ": {metric} {condition} " + mean + ", n={n}").format(**row))
 
 

@@ -93,6 +93,7 @@ def trained(tmp_path_factory):
     return world.path("m"), seen["fit"][0].eval()(IDS).logits, seen["chats"]
 
 
+@pytest.mark.filterwarnings("default::FutureWarning")            # TRL's own
 def test_a_step_is_that_of_trl(trained, tmp_path):
     """The same ids and mask; the loss, the norm of its gradient, and what a step of AdamW changes."""
     (folder, _, talks), (model, tokenizer) = trained, plain(BASE)
