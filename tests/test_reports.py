@@ -131,6 +131,7 @@ def test_a_compiled_model_is_saved_under_its_own_names_and_accumulation_is_refus
 # ------------------------------------------------------------ servers
 
 def test_an_error_inside_a_200_is_asked_again_and_counted(run, world, server):
+    common.ServerModel.repeated.clear()                         # of other tests in this process
     broken = [{"error": {"message": "overloaded", "code": 502}}, {"choices": None, "error": None}]
     server.reply = lambda request: (200, broken.pop() if broken else "Gold.")
     said, rows = ask_gold(run, world, server)
