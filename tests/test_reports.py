@@ -105,8 +105,10 @@ def test_a_local_models_thought_is_taken_off_though_its_marks_are_special(tmp_pa
 
 
 def test_a_templates_arguments_reach_it(tmp_path):
-    """With thinking, this one invites an answer otherwise than it shows one: refused at load, in a line that helps."""
+    """With thinking, this one invites a thought: cut, it would be an answer. Refused at load, in a line that helps."""
     template = TEMPLATES["qwen"][0] + "{% if add_generation_prompt and thinking != false %}<think>\n{% endif %}"
+    template = template.replace("{{ m['content'] }}", "{% if m['role'] == 'assistant' and thinking != false %}"
+                                "<think>\n\n</think>\n\n{% endif %}{{ m['content'] }}")
     tokenizer = make_tokenizer((template, ["<|im_start|>"], None, "<|im_end|>"))
     make_model(len(tokenizer)).save_pretrained(tmp_path), tokenizer.save_pretrained(tmp_path)
     with pytest.raises(SystemExit):

@@ -175,15 +175,16 @@ def said(tokenizer, examples):
 
 
 def test_every_chat_of_the_pipeline_renders_with_bos_once_and_on_the_same_day(tokenizer, monkeypatch):
-    monkeypatch.setattr(chat_template_utils, "datetime", SimpleNamespace(now=lambda: datetime(2024, 7, 26)))
     chats = [simulate.questioner_chat("Ann", "Tea?", TALK[:length]) for length in (0, 4)]
     chats += [common.response_form("Ann", "Tea?", TALK[:length]) for length in (0, 4)]
     chats += [simulate.roleplayer_chat("I'm Ann.", "Tea?", TALK[:1]),
               evaluate.judge_chat("I'm Ann.", "Tea?", "A.", "B.", "ours_first")]
     for chat in chats:
-        ids = common.prompt_ids(tokenizer, chat)
+        ids = common.prompt_ids(tokenizer, chat)                 # today
         whole = common.fold_system(chat) if tokenizer.name == "gemma" else chat         # Gemma's knows no system role
-        assert ids == tokenizer.apply_chat_template(whole, add_generation_prompt=True, return_dict=False)
+        with monkeypatch.context() as then:
+            then.setattr(chat_template_utils, "datetime", SimpleNamespace(now=lambda: datetime(2024, 7, 26)))
+            assert ids == tokenizer.apply_chat_template(whole, add_generation_prompt=True, return_dict=False)
         if "strftime_now" in tokenizer.chat_template:
             assert re.search("26 Jul 2024|2024-07-26", tokenizer.decode(ids))
         assert ids.count(tokenizer.bos_token_id) <= 1 and whole[-1]["content"].strip() in tokenizer.decode(ids)
