@@ -396,7 +396,7 @@ def last_turn(tokenizer, chat):
     if not text[len(invited):start].strip():
         start = len(invited)                                    # a blank before the text belongs to the turn
     for after in ([], [{"role": "user", "content": mark}]):     # GLM's turn ends with the mark that opens the next one
-        text = render(tokenizer, [*before, answer, *after])
+        text = render(tokenizer, [*before, answer, *after]) if after else text
         encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
         ids, (begins, ends) = encoded["input_ids"], zip(*encoded["offset_mapping"])
         first = sum(e <= start for e in ends)
