@@ -229,7 +229,8 @@ def read_responses(path):
     return (row for row in read_rows(path, SAMPLE, {"turns": int, "response": str}) if not row.get("refused"))
 
 
-MUST_AGREE = "base tasks personas gold split roleplayer seed dtype max_tokens temperature top_p system".split()
+MUST_AGREE = ("base tasks personas gold split roleplayer seed dtype max_tokens temperature top_p system "
+              "chat_template_kwargs").split()
 
 
 def check_baseline(baseline, settings):

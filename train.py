@@ -224,8 +224,7 @@ def train(args, read_examples, schedule="cosine", loss_of=None, **more):
     """The stage, for aloe/train.py, too, which has other examples. more: settings beside the flags."""
     accelerator, tokenizer = start_processes(), load_tokenizer(args.base, args)
     if accelerator.gradient_accumulation_steps > 1 or accelerator.distributed_type in ("DEEPSPEED", "MEGATRON_LM"):
-        fail("gradient accumulation, DeepSpeed and Megatron-LM would change the batches or the steps. Launch without "
-             "them: --batch-size and --micro-batch-size are train.py's own flags, and configs/ has FSDP.")
+        fail("Gradient accumulation, DeepSpeed and Megatron-LM would change batches or steps. Launch without them.")
     dtype = args.dtype if accelerator.mixed_precision == "no" else "float32"        # where matrices alone are bfloat16
     examples, left_out = read_examples(args, tokenizer)
     # Here these are settings: more rows make another model, not more of the same.

@@ -508,7 +508,8 @@ def test_like_is_compared_with_like(run, world, tiny, server, short):
     server.reply = lambda request: (200, "Final Response: A")
     server.requests.clear()
     for more, said in ((["--conversations", world.path("K.jsonl")], "simulate max_turns (3, here 2)"),
-                       (["--roleplayer", "terse"], "roleplayer ('stub', here 'terse')")):
+                       (["--roleplayer", "terse"], "roleplayer ('stub', here 'terse')"),
+                       (["--chat-template-kwargs", '{"a": 1}'], "chat_template_kwargs ({}, here {'a': 1})")):
         _, err = run(evaluate, *world.judged(tiny, server.url, "no", "same.jsonl"), *more, status=2)
         assert f"--baseline {world.path('e0')}: Q_BASE was evaluated with another {said}" in err
     assert not server.requests and not Path(world.path("no")).exists()
