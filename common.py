@@ -45,6 +45,8 @@ def run(main):
     """Runs a stage's main: a wrong path, a full disk, a server's failure or Ctrl-C is one line, and no traceback."""
     try:
         main()
+    except BrokenPipeError:                                     # `| head` has read enough
+        os._exit(141)
     except OSError as error:                                    # a server's failure is one, too: ConnectionError
         what = f"{error.filename}: {error.strerror}" if getattr(error, "filename", None) else str(error)
         hint = " (an earlier stage writes it)" if isinstance(error, FileNotFoundError) else ""

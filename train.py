@@ -128,7 +128,7 @@ def read_examples(args, tokenizer):
                     examples[pair].append(example)
                 else:
                     too_long += 1
-    left_out = f"{refused} refused or without a {args.target}, {too_long} longer than {args.max_length} tokens dropped"
+    left_out = f"{refused} refused or without a target, {too_long} longer than {args.max_length} tokens dropped"
     return (examples, left_out) if examples else fail(
         f"{args.selected}: no example to train on ({left_out}). Run select.py, or raise --max-length.")
 

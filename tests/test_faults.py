@@ -7,6 +7,7 @@ import os
 import random
 import resource
 import signal
+import subprocess
 import sys
 import threading
 import time
@@ -21,7 +22,7 @@ import common
 import evaluate
 import generate_personas
 import gold
-from conftest import World, completion, load_stage, read_lines, save_model, write_rows
+from conftest import ROOT, World, completion, load_stage, read_lines, save_model, write_rows
 
 STAGES = ("generate_personas", "gold", "simulate", "select", "train", "evaluate")
 
@@ -288,6 +289,13 @@ def test_ctrl_c_is_one_line_and_keeps_what_is_done(name, world, tiny, server, sh
     said = (tmp_path / "log").read_text().splitlines()
     assert any(line.endswith("interrupted. What is done is kept: start again with the same flags.") for line in said)
     assert "Traceback" not in str(said) and read_lines(common.unfinished(world.path("out.jsonl"))[0])
+
+
+def test_a_reader_that_has_read_enough_gets_no_complaint():
+    count = "import common; common.run(lambda: [print(i, flush=True) for i in range(10 ** 6)])"
+    told = subprocess.run(["bash", "-c", f"set -o pipefail; {sys.executable} -c '{count}' | head -1"], cwd=ROOT,
+                          capture_output=True)
+    assert (told.returncode, told.stdout, told.stderr) == (141, b"0\n", b"")
 
 
 def test_a_full_disk_is_one_line_and_the_next_run_goes_on(world, server, tmp_path):

@@ -124,10 +124,10 @@ def test_rows_without_a_response_are_left_out_and_counted(run, world, tiny):
             for i, row in enumerate(world.conversations("A", n=1))]
     rows[2] = {**PAIR, "sample": 9, "refused": "declined"}
     examples, left_out = examples_of(world, make_tokenizer("mistral"), rows)
-    assert len(examples) == 9 and left_out.startswith("3 refused or without a response")
+    assert len(examples) == 9 and left_out.startswith("3 refused or without a target")
     write_rows(world.path("s.jsonl"), rows[:2])
     _, err = run(train, *train_flags(world, tiny, "none"), status=2)
-    assert "no example to train on (2 refused or without a response" in err and not Path(world.path("none")).exists()
+    assert "no example to train on (2 refused or without a target" in err and not Path(world.path("none")).exists()
 
 
 def test_rows_of_another_split_are_trained_on_only_when_it_is_named(run, world, tiny):
