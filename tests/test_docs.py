@@ -13,13 +13,13 @@ import pytest
 from conftest import ROOT
 
 STAGES = ["generate_personas", "gold", "simulate", "select", "train", "evaluate"]
-SCRIPTS = [f"{name}.py" for name in (*STAGES, *"report/report report/cost people/server people/talk people/measure "
-                                     "people/replay data/in3 data/qulac toy/world toy/server toy/pretrain toy/measure "
-                                     "toy/permute toy/check".split())]
+SCRIPTS = [f"{name}.py" for name in (*STAGES, *"report/report report/cost report/sweep people/server people/talk "
+                                     "people/measure people/replay data/in3 data/qulac toy/world toy/server "
+                                     "toy/pretrain toy/measure toy/permute toy/check".split())]
 PAGES = ["README.md", "forks/README.md", *(f"docs/{page.name}" for page in sorted((ROOT / "docs").glob("*.md")))]
 SOURCES = "".join((ROOT / file).read_text() for file in (*SCRIPTS, "common.py"))
 LOOP = ["run.sh", *(f"settings/{file.name}" for file in sorted((ROOT / "settings").glob("*.sh")))]
-TEXTS = [*PAGES, *LOOP, "forks/run.sh", *SCRIPTS]
+TEXTS = [*PAGES, *LOOP, "forks/run.sh", "report/sweep.sh", *SCRIPTS]
 FOREIGN = set("""--n --nnodes --index-url --nproc_per_node --config_file --tensor-parallel-size --generation-config
     --device --gpu-memory-utilization --help --always --dirty --num_processes --rdzv_backend --rdzv_endpoint --nodes
     --ntasks-per-node --gpus-per-node --time --no-deps --exclude --directory""".split())         # of other programs

@@ -243,6 +243,13 @@ def test_permuted_golds_belong_to_somebody_else(tmp_path):
     assert common.read_gold(tmp_path / "p") == permute.permuted(golds, 42), "the file is read as golds"
 
 
+def test_an_oracle_that_errs_has_some_sentences_of_another_user():
+    ours, theirs = (" ".join(f"My {what} is {who}." for what in range(1000)) for who in ("a", "b"))
+    mixed = permute.mixed(ours, theirs, 0.3, random.Random(1))
+    assert mixed.count("a.") + mixed.count("b.") == 1000 and 250 < mixed.count("b.") < 350
+    assert [permute.mixed(ours, theirs, share, random.Random(1)) for share in (0, 1)] == [ours, theirs]
+
+
 HOLDS = {  # results of two iterations in which all findings hold
     ("main", 0): {"relevant_share": 0.4, "gold_log_prob positive_control": -1.0, "gold_log_prob q_random": -21.0},
     ("main", 1): {"relevant_share": 0.5, "win_rate": 0.62, "invented_facts": 0.1, "question_share": 0.0,
