@@ -1,10 +1,13 @@
-"""The table of an ALOE run, in the paper's shape, and AL over the rounds as a picture.
+"""What a run of ALOE has learned: the table in the paper's shape, intervals, differences, curves and conversations.
 
     python aloe/report.py runs/aloe/toy
-    python aloe/report.py runs/aloe/seed-100 runs/aloe/seed-101     # of several runs: means, ± the standard deviation
+    python aloe/report.py runs/aloe/seed-100 runs/aloe/seed-101     # runs that differ in their seed: means, ± the
+                                                                    # standard deviation, on the page of the first
 
-    reads   RUN/results.jsonl           the rows of evaluate.py (and toy/measure.py)
-    writes  RUN/report/al-T0.svg        a picture for each temperature, if matplotlib is there (report/requirements.txt)
+    writes  RUN/report/index.html       one file, which opens without a network
+            RUN/report/NAME.svg         the pictures, if matplotlib is there (report/requirements.txt)
+
+Each table is a function; its docstring stands on the page. Page and pictures are those of report/report.py.
 """
 import argparse
 import statistics
@@ -12,6 +15,7 @@ import sys
 from collections import defaultdict
 from glob import glob
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 
@@ -19,57 +23,30 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # first: there, to
 from aloe.evaluate import bootstrap, by_person, improvement  # noqa: E402
 from common import fail, read_rows, read_settings, run  # noqa: E402
 from evaluate import read_results  # noqa: E402
-from report.stats import Table, as_text, cell  # noqa: E402
+from report.report import who_what_when, write_page  # noqa: E402
+from report.stats import as_table, cell  # noqa: E402
 
-PAPER = ("base", "sft", "sft_dpo", "rejected")                  # table 1's rows; all others are controls
+PAPER = ("base", "rejected", "sft", "sft_dpo")                  # table 1's rows; all others are controls
 METRICS = {"AL": 2, "IR": 3, "N-IR": 3, "R2": 3}                 # and their digits
 COLUMNS = (*METRICS, "fitting_manners", "used_facts", "invented_facts", "ceiling")
 
 
-def curves(results, condition):
-    """{model: its row of AL(1), ..., AL(K)} at one temperature."""
-    return {row["variant"]: row for row in results if row["metric"] == "AL" and row["condition"] == condition}
-
-
-def table(results):
-    """Lines of the paper's table 1: a line a model and temperature, a column a round."""
-    found = {(f"{row['variant']} {row['condition']}", row["metric"]): row for row in results}
-    models = {who: row["by_round"] for (who, metric), row in found.items() if metric == "AL"}
-    K, width = max(map(len, models.values())), max(map(len, models))
-    yield " " * width + "".join(f"{f'k={k}':>6}" for k in range(1, K + 1)) + "".join(f"{name:>8}" for name in METRICS)
-    for who, al in models.items():
-        yield f"{who:<{width}}" + "".join(f"{value:6.2f}" for value in al).ljust(6 * K) + "".join(
-            f"{cell(found[who, name]['mean'], None, digits):>8}" for name, digits in METRICS.items())
-
-
-def contrasts(variants):
-    """[(model, another)] whose difference is of interest: to the base of the same users, and DPO to its SFT."""
-    pairs = [(one, "mute_base" if one.startswith("mute") else "base") for one in variants]
-    pairs += [(one, one.removesuffix("_dpo")) for one in variants]
-    return [(one, other) for one, other in pairs if one != other in variants]
-
-
-def intervals(run, results, split):
-    """The Table of all means with their intervals, and of differences between two models for the same users, which are
-    taken from their scores.jsonl."""
-    found = {(row["variant"], row["condition"], row["metric"]): row for row in results}
-    lines = []
-    for condition in dict.fromkeys(row["condition"] for row in results if row["metric"] == "AL"):
-        scores = {}
-        for variant, row in curves(results, condition).items():
-            scores[variant] = by_person(read_rows(f"{run}/{variant}/{split}-{condition.replace('=', '')}/scores.jsonl",
-                                                  {"persona_id": str, "round": int}, {"score": int}))
-            of = [found[variant, condition, name] for name in METRICS]
-            lines.append([f"{variant} {condition}", str(row["n"]), *(
-                cell(one["mean"], one.get("interval_95"), digits) for one, digits in zip(of, METRICS.values()))])
-        for one, other in contrasts(scores):
-            who = sorted(scores[one].keys() & scores[other].keys())
-            a, b = (np.array([scores[name][key] for key in who]) for name in (one, other))              # (N, K)
-            (ours, theirs), bounds = [improvement(np.nanmean(of, 0)) for of in (a, b)], bootstrap(a, 0, b)
-            lines.append([f"{one} - {other} {condition}", str(len(who)), *(
-                cell(ours[name] - theirs[name], bounds.get(name), METRICS[name]) for name in ("AL", "IR")), "", ""])
-    return Table("95 % intervals (bootstrap over users; a difference whose interval has 0 in it may be noise)",
-                 ["", "users", *METRICS], lines, [])
+def read_evaluations(run, split):
+    """Every evaluation of a run, one for each temperature and model, with its results {metric: row}, talks {persona_id:
+    row}, scores {persona_id: K scores, NaN where unreadable}, and missing {what: (how many, of how many)}."""
+    found, results = [], [row for row in read_results(f"{run}/results.jsonl") if row["split"] == split]
+    for al in sorted((row for row in results if row["metric"] == "AL"), key=lambda row: row["condition"]):
+        e = SimpleNamespace(variant=al["variant"], condition=al["condition"], n=al["n"])
+        e.name, e.folder = f"{e.variant} {e.condition}", f"{run}/{e.variant}/{split}-{e.condition.replace('=', '')}"
+        e.results = {row["metric"]: row for row in results
+                     if (row["variant"], row["condition"]) == (e.variant, e.condition)}
+        rows = {name: list(read_rows(f"{e.folder}/{name}.jsonl", key, fields)) for name, key, fields in (
+            ("conversations", {"persona_id": str}, {"profile": str, "personality": str, "rounds": list}),
+            ("scores", {"persona_id": str, "round": int}, {"score": int}))}
+        e.talks, e.scores = {row["persona_id"]: row for row in rows["conversations"]}, by_person(rows["scores"])
+        e.missing = {what: (sum(bool(row.get("refused")) for row in of), len(of)) for what, of in rows.items()}
+        found.append(e)
+    return found or fail(f"{run}/results.jsonl: no results on split {split}. aloe/evaluate.py writes them.")
 
 
 def check_seeds(runs, split):
@@ -84,46 +61,112 @@ def check_seeds(runs, split):
                  f"{', '.join(differ) or 'its temperatures'}. Report them one by one.")
 
 
+def contrasts(evaluations):
+    """[(one, another)] whose difference is of interest: to the base of the same users, and DPO to its SFT."""
+    return [(one, other) for one in evaluations for other in evaluations
+            if one.condition == other.condition and one is not other and other.variant in (
+                "mute_base" if one.variant.startswith("mute") else "base", one.variant.removesuffix("_dpo"))]
+
+
+def difference(one, other):
+    """Of two models, for the same users: {metric: (difference, its 95 % interval or None)}, and how many users."""
+    who = sorted(one.scores.keys() & other.scores.keys())
+    a, b = (np.array([of.scores[key] for key in who]) for of in (one, other))                           # (N, K)
+    (ours, theirs), bounds = [improvement(np.nanmean(of, 0)) for of in (a, b)], bootstrap(a, 0, b)
+    return {name: (ours[name] - theirs[name], bounds.get(name)) for name in ("AL", "IR")}, len(who)
+
+
+def headline(e, base):
+    """What was found, in a sentence whose words follow the intervals."""
+    by, _ = difference(e, base)
+    if not by["AL"][1]:
+        return f"{e.name}: nothing is shown. It takes two users."
+    al, ir = ("more" if low > 0 else "less" if high < 0 else "not distinguishably more or less"
+              for _, (low, high) in ((gain, interval or (0, 0)) for gain, interval in by.values()))
+    return (f"{e.name}: the judge finds its replies {al} tailored to the user than {base.variant}'s: AL "
+            f"{cell(e.results['AL']['mean'])}, a difference of {cell(*by['AL'])}. They improve {ir} over the rounds: a "
+            f"difference in IR of {cell(*by['IR'], 3)}.")
+
+
+# ---------------------------------------------------------------- the tables: a generator of rows each
+
+def table(evaluations):
+    """AL over the rounds, as in the paper's table 1.
+
+    k: AL(k), the judge's mean score of the replies of round k, 1 to 5. AL: their average. IR: the slope of the line
+    through them. N-IR: the same through (AL(k) - lowest) / (highest - lowest). R2: how well a line fits.
+
+    results.jsonl; section 3 of the paper."""
+    for e in evaluations:
+        yield {"model": e.name, **{f"k={k}": cell(al) for k, al in enumerate(e.results["AL"]["by_round"], 1)},
+               **{name: cell(e.results[name]["mean"], None, digits) for name, digits in METRICS.items()}}
+
+
+def intervals(evaluations):
+    """95 % intervals, and differences of two models for the same users.
+
+    A bootstrap over users. A difference whose interval has 0 in it may be noise. These intervals do not hold what
+    another training would change: only runs with other seeds show that (aloe/report.py RUN RUN ...).
+
+    results.jsonl, scores.jsonl."""
+    for e in evaluations:
+        yield {"model": e.name, "users": str(e.n), **{name: cell(
+            e.results[name]["mean"], e.results[name].get("interval_95"), digits) for name, digits in METRICS.items()}}
+    for one, other in contrasts(evaluations):
+        by, n = difference(one, other)
+        yield {"model": f"{one.variant} - {other.name}", "users": str(n),
+               **{name: cell(*by[name], METRICS[name]) for name in by}}
+
+
 def over_seeds(runs):
-    """[results of a run, ...] -> lines: a line a model or difference and temperature, each mean over the runs ± its
-    standard deviation; "-" where a run has none, as a flat curve has no N-IR."""
+    """Several runs: means ± the standard deviation between them.
+
+    "-" where a run has no value, as a flat curve has no N-IR.
+
+    results.jsonl of each run."""
     values = defaultdict(list)
-    for results in runs:
-        of = {(row["variant"], row["condition"], row["metric"]): row["mean"] for row in results}
-        for condition in dict.fromkeys(condition for _, condition, _ in of):
-            of |= {(f"{a} - {b}", condition, name): of[a, condition, name] - of[b, condition, name]
-                   for a, b in contrasts(curves(results, condition)) for name in ("AL", "IR")}
-        for (variant, condition, metric), mean in of.items():
-            values[f"{variant} {condition}", metric].append(mean)
-    columns = [name for name in COLUMNS if name in {metric for _, metric in values}]
-    yield f"{'':<24}" + "".join(f"{name:>17}" for name in columns)
+    for evaluations in runs:
+        for e in evaluations:
+            for metric, row in e.results.items():
+                values[e.name, metric].append(row["mean"])
+        for one, other in contrasts(evaluations):
+            for metric in ("AL", "IR"):
+                values[f"{one.variant} - {other.name}", metric].append(
+                    one.results[metric]["mean"] - other.results[metric]["mean"])
     for model in dict.fromkeys(model for model, _ in values):
-        cells = [values.get((model, name), [None]) for name in columns]
-        yield f"{model:<24}" + "".join(f"{cell:>17}" for cell in (
-            "-" if None in means or len(means) < 2 else f"{statistics.mean(means):.3f} ± {statistics.stdev(means):.3f}"
-            for means in cells))
+        of = {name: values[model, name] for name in COLUMNS if (model, name) in values}
+        yield {"model": model, **{name: "-" if None in means or len(means) < 2 else
+                                  f"{statistics.mean(means):.3f} ± {statistics.stdev(means):.3f}"
+                                  for name, means in of.items()}}
 
 
-def draw(results, folder):
-    """Writes a picture for each temperature, of the paper's models and of the controls; returns their names."""
-    from report.pictures import STYLES, panel, pyplot
-    names = []
-    for condition in dict.fromkeys(row["condition"] for row in results if row["metric"] == "AL"):
-        lines = {model: [(k, al, *bounds) for k, (al, bounds) in enumerate(zip(
-            row["by_round"], row.get("interval_by_round") or [[al, al] for al in row["by_round"]]), 1)]
-            for model, row in curves(results, condition).items()}
-        for name, own in (("al", True), ("controls", False)):
-            if models := {model: of for model, of in lines.items() if (model in PAPER) == own}:
-                figure, ax = pyplot.subplots(figsize=(5.5, 4.5), layout="constrained")
-                panel(ax, models, dict(zip(models, 3 * STYLES)))
-                k = [k for k, *_ in max(models.values(), key=len)]
-                ax.set(xlabel="round k", ylabel="AL(k)", ylim=(1, 5), title=f"{condition}, 95 % intervals", xticks=k,
-                       xticklabels=k)
-                ax.legend(frameon=False, fontsize=9, loc="upper center", bbox_to_anchor=(0.5, -0.14), ncols=4)
-                names.append(f"{name}-{condition.replace('=', '')}")
-                figure.savefig(folder / f"{names[-1]}.svg", metadata={"Date": None})
-                pyplot.close(figure)
-    return names
+# ---------------------------------------------------------------- the page
+
+def pictures_of(evaluations):
+    """AL(k) of the paper's models, and of the controls, as report/pictures.py draws them."""
+    panels = defaultdict(lambda: defaultdict(dict))
+    for e in evaluations:
+        al = e.results["AL"]["by_round"]
+        bounds = e.results["AL"].get("interval_by_round") or zip(al, al)
+        panels["al" if e.variant in PAPER else "controls"][e.condition][e.variant] = [
+            (k, mean, *ends) for k, (mean, ends) in enumerate(zip(al, bounds), 1)]
+    return {name: ("AL(k) over the rounds k, with 95 % intervals", None, "{}", of) for name, of in panels.items()}
+
+
+def examples(e, base):
+    """What the page shows of each user, worst first, by the mean score of the conversation; beside it that of base."""
+    found = []
+    for who in sorted(e.scores.keys() & base.scores.keys(), key=lambda who: (np.nanmean(e.scores[who]), who)):
+        rounds, scores = ([of.talks[who]["rounds"] for of in (base, e)], [of.scores[who] for of in (base, e)])
+        found.append({
+            "profile": e.talks[who]["profile"], "personality": e.talks[who]["personality"], "why": "",
+            "outcome": "mean score {1:.2f}, {0}'s {2:.2f}".format(base.variant, *map(np.nanmean, reversed(scores))),
+            "lines": [("", [base.variant, e.variant]), *(line for k in range(len(scores[1])) for line in (
+                ("user", [of[k]["user"] for of in rounds]), ("reply", [of[k]["reply"] for of in rounds]),
+                ("score", ["unreadable" if np.isnan(of[k]) else f"{of[k]:g}" for of in scores])))]})
+    for why, i in (("median", len(found) // 2), ("worst", 0), ("best", -1)):
+        found[i]["why"] = why
+    return found
 
 
 def main():
@@ -131,20 +174,21 @@ def main():
     parser.add_argument("runs", metavar="RUN", nargs="+", help="folders that aloe/run.sh wrote")
     parser.add_argument("--split", default="test", help="of the personas")
     args = parser.parse_args()
-    runs = [[row for row in read_results(f"{run}/results.jsonl") if row["split"] == args.split] for run in args.runs]
-    for run, results in zip(args.runs, runs):
-        if not any(row["metric"] == "AL" for row in results):
-            fail(f"{run}/results.jsonl: no results on split {args.split}. aloe/evaluate.py writes them.")
     check_seeds(args.runs, args.split)
-    print(*(over_seeds(runs) if len(runs) > 1 else [
-        *table(runs[0]), *as_text(intervals(args.runs[0], runs[0], args.split))]), sep="\n")
-    try:
-        for run, results in zip(args.runs, runs):
-            folder = Path(run, "report")
-            folder.mkdir(exist_ok=True)
-            print(f"{folder}: pictures {', '.join(draw(results, folder))}")
-    except ModuleNotFoundError as error:
-        print(f"\nNo pictures: {error}. `pip install -r report/requirements.txt` brings matplotlib.")
+    runs = [read_evaluations(run, args.split) for run in args.runs]
+    ours, run = runs[0], args.runs[0]
+    trained = [(one, other) for one, other in contrasts(ours) if other.variant.endswith("base")]
+    heads = next(filter(None, ([pair for pair in trained if pair[0].variant == name] for name in reversed(PAPER))),
+                 trained)                                       # of the last model of the paper's that is there
+    e = heads[0][0] if heads else ours[0]
+    tables = [as_table(table, ours), as_table(intervals, ours), *([as_table(over_seeds, runs)] * (len(runs) > 1)),
+              as_table(who_what_when, {
+                  "": {"users": e.n, **read_settings(f"{e.folder}/scores.jsonl")}, "training": read_settings(
+                      f"{run}/{e.variant}/model"), "pairs": read_settings(f"{run}/conversations.jsonl")})]
+    write_page("aloe/index.html.jinja", run, args.split, ours, pictures_of(ours), tables[2:-1] or tables[:2], {
+        "lines": [headline(*pair) for pair in heads], "tables": tables,
+        "examples": [(pair[0].name, pair is heads[0], examples(*pair)) for pair in [
+            *heads, *(pair for pair in trained if pair[0].name not in {e.name for e, _ in heads})]]})
 
 
 if __name__ == "__main__":

@@ -11,8 +11,9 @@ STYLES = list(zip("#000000 #D55E00 #0072B2 #008F68 #B5568B #8A6100 #5E4FA2".spli
                   ("-", "--", "-.", ":", "-", "--", "-.")))
 
 
-def panel(axes, lines, styles):
+def panel(axes, lines, styles, tick):
     """Draws {line: [(t, mean, low, high)]} with the intervals. What was measured once holds for every t."""
+    first = min(of[0][0] for of in lines.values())
     for i, (line, of) in enumerate(lines.items()):
         (colour, marker, dash), (t, mean, low, high) = styles[line], zip(*of)
         if len(of) == 1:
@@ -21,15 +22,16 @@ def panel(axes, lines, styles):
             bars = [m - y for m, y in zip(mean, low)], [y - m for m, y in zip(mean, high)]
             axes.errorbar([x + 0.03 * i for x in t], mean, bars, color=colour, marker=marker, linestyle=dash, capsize=3,
                           label=line)
-            axes.set_xticks(range(t[-1] + 1), ["Q_BASE", *(f"t={x}" for x in range(1, t[-1] + 1))])
+            ticks = range(first, t[-1] + 1)
+            axes.set_xticks(ticks, [tick.format(x) if x else "Q_BASE" for x in ticks])
 
 
 def draw(folder, pictures):
-    """{name: (title, middle, {panel: {line: [(t, mean, low, high)]}})}: writes FOLDER/NAME.svg of each that has a line;
-    returns {name: what is seen, in words}."""
+    """{name: (title, middle, a tick, {panel: {line: [(t, mean, low, high)]}})}: writes FOLDER/NAME.svg of each that
+    has a line; returns {name: what is seen, in words}. tick: "t={}"; that of t = 0 is "Q_BASE"."""
     pyplot.rcParams.update({"svg.hashsalt": "", "axes.spines.top": False, "axes.spines.right": False})
     seen = {}
-    for name, (title, middle, panels) in pictures.items():
+    for name, (title, middle, tick, panels) in pictures.items():
         panels = {what: {line: of for line, of in lines.items() if len(of) > 1 or "control" in line and of}
                   for what, lines in panels.items() if any(len(of) > 1 for of in lines.values())}
         if panels:
@@ -41,11 +43,12 @@ def draw(folder, pictures):
                 if not what:
                     ax.set_axis_off()
                     continue
-                panel(ax, panels[what], dict(zip(lines, 5 * STYLES)))
+                panel(ax, panels[what], dict(zip(lines, 5 * STYLES)), tick)
                 ax.set_title(what)
                 if middle is not None:
                     ax.axhline(middle, color="#767676", linewidth=1, zorder=0)
-            figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False)
+            of = {line: drawn for ax in axes.flat for drawn, line in zip(*ax.get_legend_handles_labels())}
+            figure.legend(of.values(), of, loc="outside lower center", ncols=3, frameon=False)
             figure.suptitle(title)
             figure.savefig(folder / f"{name}.svg", metadata={"Date": None})
             pyplot.close(figure)

@@ -297,18 +297,16 @@ def trainings(run):
             "steps": str(len(losses)), "kept conversations": str(len(kept))}
 
 
-def who_what_when(e, run, gold):
+def who_what_when(stages):
     """Who, what, when."""
-    tasks, people = (len({key[i] for key in e.talks}) for i in (0, 1))
-    for stage, s in (("", {"tasks": tasks, "personas": people, **e.settings}), ("gold ", read_settings(gold)),
-                     ("training ", read_settings(f"{run}/{e.variant}/{e.t}/model"))):
-        for name, value in s.items():
+    for stage, settings in stages.items():
+        for name, value in settings.items():
             if value not in (None, {}, "") and len(str(value)) < 80:
-                yield {"what": stage + name.replace("_", " "), "value": str(value)}
+                yield {"what": f"{stage} {name.replace('_', ' ')}".strip(), "value": str(value)}
 
 
 def pictures_of(evaluations, rows):
-    """{name: (title, middle, {panel: {line: [(t, mean, low, high)]}})}: figures 4 to 7 of the paper, paired."""
+    """Figures 4 to 7 of the paper, paired, as report/pictures.py draws them."""
     def line(of, values, share=False):
         means = [(e.t, x, sum(x.values()) / len(x)) for e in of if (x := values(e))]
         return [(t, mean, *(interval_95(x, share) or (mean, mean))) for t, x, mean in means]
@@ -317,14 +315,14 @@ def pictures_of(evaluations, rows):
     of = {variant: [e for e in evaluations if e.user == evaluations[0].user and (e.variant == variant or not e.t)]
           for variant in last_of(evaluations)}
     return {
-        "gains": ("Gain in log p(gold) over Q_BASE's own conversation (nats)", 0, {variant: {
+        "gains": ("Gain in log p(gold) over Q_BASE's own conversation (nats)", 0, "t={}", {variant: {
             "own conversation": line(es, gain), "another user's (Q-Random)": line(es, lambda e: gain(e, "q_random")),
             "none (negative control)": line(es[:1], lambda e: gain(e, "negative_control"))}
             for variant, es in of.items()}),
-        "win_rates": ("Win rate against Q_BASE", 0.5, {variant: {user: [(0, 0.5, 0.5, 0.5)] + line(
+        "win_rates": ("Win rate against Q_BASE", 0.5, "t={}", {variant: {user: [(0, 0.5, 0.5, 0.5)] + line(
             [e for e in evaluations if (e.variant, e.user) == (variant, user)], points, True) for user in users}
             for variant in of}),
-        "coverage": ("What the user told, of what matters for the task", None, {variant: {user: [
+        "coverage": ("What the user told, of what matters for the task", None, "t={}", {variant: {user: [
             (row["iteration"], row["mean"], *(row["interval_95"] or (row["mean"], row["mean"]))) for row in rows
             if (row["metric"], row["roleplayer"]) == ("coverage", user) and row["variant"] in (
                 variant, row["iteration"] or "main")] for user in users} for variant in of})}
@@ -359,6 +357,32 @@ def examples(e, tasks, personas, gold):
 
 # ---------------------------------------------------------------- the page
 
+def write_page(template, run, split, evaluations, pictures, shown, page):
+    """Draws the pictures, writes RUN/report/index.html, and prints the lines, the alarms, and the tables `shown`. This
+    is for every project's page (aloe/report.py, too). evaluations: for each its name and what is missing."""
+    folder, drawn = Path(run, "report" if split == "test" else f"report-{split}"), {}
+    folder.mkdir(exist_ok=True)
+    try:
+        from report.pictures import draw
+        drawn = draw(folder, pictures)
+    except ModuleNotFoundError as error:
+        print(f"No pictures: {error}. `pip install -r report/requirements.txt` brings matplotlib.")
+    files = [path.stat().st_mtime for path in [*Path(run).rglob("*.settings.json"), Path(run, "results.jsonl")]]
+    start, end = datetime.fromtimestamp(min(files)), datetime.fromtimestamp(max(files))
+    when = f"{end:%Y-%m-%d}; {str(end - start).split('.')[0]} from the first file to the last"
+    alarms = [f"{e.name}: {no} of {n} {what.replace('_', '-')} are missing or unreadable ({cell(no / n, share=True)})."
+              for e in evaluations for what, (no, n) in e.missing.items() if no > 0.05 * n]
+    templates = jinja2.Environment(loader=jinja2.FileSystemLoader(HERE.parent), trim_blocks=True, lstrip_blocks=True,
+                                   undefined=jinja2.StrictUndefined, autoescape=True)
+    write_whole(folder / "index.html", printable(templates.get_template(template).render(
+        page, run=Path(run).resolve().name, alarms=alarms, when=when,
+        pictures=[(base64.b64encode((folder / f"{name}.svg").read_bytes()).decode(), seen)
+                  for name, seen in drawn.items()],
+        commit=subprocess.getoutput(f"git -C '{HERE}' describe --always --dirty"))))
+    print(*(row for text in (*page["lines"], *alarms) for row in textwrap.wrap(text, 100)),
+          *(line for table in shown for line in ("", *as_text(table))), "", when, f"{folder}/index.html", sep="\n")
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", metavar="RUN", nargs="*", help="a folder that run.sh wrote, or evaluate.py into")
@@ -386,36 +410,21 @@ def main():
     whole = [e for e in evaluations if not e.turns and not any(e in others for others in second.values())]
     last = last_of(whole)
     heads = [last["main"]] if "main" in last else list(last.values())
-    folder, pictures = Path(run, "report" if args.split == "test" else f"report-{args.split}"), {}
-    folder.mkdir(exist_ok=True)
-    try:
-        from report.pictures import draw
-        pictures = draw(folder, pictures_of(whole, results[run]))
-    except ModuleNotFoundError as error:
-        print(f"No pictures: {error}. `pip install -r report/requirements.txt` brings matplotlib.")
-    files = [path.stat().st_mtime for path in [*Path(run).rglob("*.settings.json"), Path(run, "results.jsonl")]]
-    start, end = datetime.fromtimestamp(min(files)), datetime.fromtimestamp(max(files))
-    when = f"{end:%Y-%m-%d}; {str(end - start).split('.')[0]} from the first file to the last"
-    alarms = [f"{e.name}: {no} of {n} {what.replace('_', '-')} are missing or unreadable ({cell(no / n, share=True)})."
-              for e in whole for what, (no, n) in e.missing.items() if no > 0.05 * n]
-    page = {"run": Path(run).resolve().name, "lines": [*map(headline, heads)], "alarms": alarms, "when": when,
-            "tables": [as_table(summary, whole), as_table(planned, whole), as_table(verdicts, whole, second),
-                       as_table(conversations, whole, personas), as_table(gain_a_turn, evaluations),
-                       as_table(measures, results, whole[0].user), as_table(trainings, run),
-                       as_table(who_what_when, (heads or whole)[0], run, gold_path)],
-            "pictures": [(base64.b64encode(Path(folder, f"{name}.svg").read_bytes()).decode(), seen)
-                         for name, seen in pictures.items()],
-            "examples": [(e.name, e in heads, found) for e in [*heads, *(e for e in last.values() if e not in heads)]
-                         if (found := examples(e, tasks, personas, gold))],
-            "about": re.findall(r"^\| `(\w+)` \| .* \| (.*) \|$", read_text(HERE.parent / "README.md"), re.M),
-            "variants": {e.variant for e in whole},
-            "commit": subprocess.getoutput(f"git -C '{HERE}' describe --always --dirty"),
-            "notes": read_text(args.notes) if args.notes else ""}
-    templates = jinja2.Environment(loader=jinja2.FileSystemLoader(HERE), trim_blocks=True, lstrip_blocks=True,
-                                   undefined=jinja2.StrictUndefined, autoescape=True)
-    write_whole(folder / "index.html", printable(templates.get_template("index.html.jinja").render(page)))
-    print(*(row for text in (*page["lines"], *alarms) for row in textwrap.wrap(text, 100)), "",
-          *as_text(page["tables"][5 if len(results) > 1 else 0]), "", when, f"{folder}/index.html", sep="\n")
+    e = (heads or whole)[0]
+    tasks_met, people_met = (len({key[i] for key in e.talks}) for i in (0, 1))
+    tables = [as_table(summary, whole), as_table(planned, whole), as_table(verdicts, whole, second),
+              as_table(conversations, whole, personas), as_table(gain_a_turn, evaluations),
+              as_table(measures, results, whole[0].user), as_table(trainings, run),
+              as_table(who_what_when, {"": {"tasks": tasks_met, "personas": people_met, **e.settings}, "gold":
+                                       read_settings(gold_path), "training": read_settings(
+                                           f"{run}/{e.variant}/{e.t}/model")})]
+    write_page("report/index.html.jinja", run, args.split, whole, pictures_of(whole, results[run]),
+               [tables[5 if len(results) > 1 else 0]], {
+        "lines": [*map(headline, heads)], "tables": tables,
+        "examples": [(e.name, e in heads, found) for e in [*heads, *(e for e in last.values() if e not in heads)]
+                     if (found := examples(e, tasks, personas, gold))],
+        "about": re.findall(r"^\| `(\w+)` \| .* \| (.*) \|$", read_text(HERE.parent / "README.md"), re.M),
+        "variants": {e.variant for e in whole}, "notes": read_text(args.notes) if args.notes else ""})
 
 
 if __name__ == "__main__":

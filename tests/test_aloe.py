@@ -4,12 +4,14 @@ import json
 import math
 import os
 import re
+import shutil
 import subprocess
 import sys
 import time
 from collections import Counter
 from argparse import Namespace
 
+import html5lib
 import numpy as np
 import pytest
 import torch
@@ -493,24 +495,46 @@ def test_differences_are_of_the_same_users_and_seeds_are_of_one_base(run, tmp_pa
         write_rows(tmp_path / f"run/{variant}/test-T0/scores.jsonl", [
             {"persona_id": f"p{i:02d}", "round": k, "score": round(1000 * score)} for (i, k), score in scores.items()
             if (variant, i) != ("sft", 7)])                     # she counts in neither
+        write_rows(tmp_path / f"run/{variant}/test-T0/conversations.jsonl", [
+            {**PERSON, "persona_id": f"p{i:02d}", "rounds": [{"user": f"<b>{k}", "reply": variant} for k in range(2)]}
+            for i in range(40)])
         rows += [{"variant": variant, "iteration": 0, "metric": metric, "condition": "T=0", "roleplayer": "u", "split":
                   "test", "mean": 3.0 + gain, "n": 40, "sem": None, "by_round": [2.0, 4.0], "interval_95": [2.5, 3.5]}
                  for metric in ("AL", "IR", "N-IR", "R2")]
-    base, _, difference = report.intervals(tmp_path / "run", rows, "test").rows
-    assert base[:4] == ["base T=0", "40", "3.00 (2.50 to 3.50)", "3.000 (2.500 to 3.500)"]
-    assert difference == ["sft - base T=0", "39", "750.00 (750.00 to 750.00)", "500.000 (500.000 to 500.000)", "", ""]
-    assert [line.split() for line in report.table(rows)][:2] == [
-        "k=1 k=2 AL IR N-IR R2".split(), "base T=0 2.00 4.00 3.00 3.000 3.000 3.000".split()]
+    shutil.copytree(tmp_path / "run", tmp_path / "other")
     other = [{**row, "mean": None if row["metric"] == "R2" else row["mean"] + 1} for row in rows]
-    head, first, *_, last = report.over_seeds([rows, other])
-    assert head.split() == ["AL", "IR", "N-IR", "R2"]
-    assert first.split() == "base T=0 3.500 ± 0.707 3.500 ± 0.707 3.500 ± 0.707 -".split()
-    assert last.split() == "sft - base T=0 0.500 ± 0.000 0.500 ± 0.000 - -".split()
+    write_rows(tmp_path / "run/results.jsonl", rows), write_rows(tmp_path / "other/results.jsonl", other)
+    runs = [report.read_evaluations(tmp_path / name, "test") for name in ("run", "other")]
+    base, _, difference = report.intervals(runs[0])
+    assert [*base.values()][:4] == ["base T=0", "40", "3.00 (2.50 to 3.50)", "3.000 (2.500 to 3.500)"]
+    assert [*difference.values()] == ["sft - base T=0", "39", "750.00 (750.00 to 750.00)",
+                                      "500.000 (500.000 to 500.000)"]
+    assert next(report.table(runs[0])) == dict(zip("model k=1 k=2 AL IR N-IR R2".split(), [
+        "base T=0", "2.00", "4.00", "3.00", "3.000", "3.000", "3.000"]))
+    first, _, last = report.over_seeds(runs)
+    assert first == {"model": "base T=0", **dict.fromkeys(("AL", "IR", "N-IR"), "3.500 ± 0.707"), "R2": "-"}
+    assert last == {"model": "sft - base T=0", **dict.fromkeys(("AL", "IR"), "0.500 ± 0.000")}
     for name, more in (("run", {}), ("other", {}), ("smoke", {"rounds": 6})):
         (tmp_path / f"{name}/base/test-T0").mkdir(parents=True, exist_ok=True)
-        write_rows(tmp_path / f"{name}/results.jsonl", rows)
         (tmp_path / f"{name}/base/test-T0/scores.jsonl").touch()
         (tmp_path / f"{name}/base/test-T0/scores.jsonl.settings.json").write_text(json.dumps({"rounds": 10, **more}))
-    report.check_seeds([tmp_path / "run", tmp_path / "other"], "test")
+    out, _ = run(report, tmp_path / "run", tmp_path / "other")
+    page = (tmp_path / "run/report/index.html").read_text()
+    html5lib.HTMLParser(strict=True).parse(page)                # raises at the first error
+    for words in ("than base&#39;s: AL 3.50, a difference of 750.00 (750.00 to 750.00). They improve more over",
+                  "He has {two} hens.", "&lt;b&gt;1", "3.500 ± 0.707", "All 39 users, worst first"):
+        assert words in page, words
+    assert "<b>1" not in page and "3.500 ± 0.707" in out
     _, err = run(report, tmp_path / "run", tmp_path / "smoke", status=2)
     assert "not two seeds of one run: base/ differs in rounds" in err
+
+
+def test_the_headlines_words_follow_the_intervals():
+    def model(name, level):
+        scores = {i: np.array([level + (-1) ** i, level + (-1) ** i], float) for i in range(20)}
+        return Namespace(name=name, variant=name, scores=scores, results={"AL": {"mean": 3.0}})
+    base = Namespace(variant="base", scores={i: np.array([3.0, 3.0]) for i in range(20)})
+    for level, words in ((4, "more"), (2, "less"), (3, "not distinguishably more or less")):
+        assert f"finds its replies {words} tailored to the user than base's" in report.headline(model("sft", level), base)
+    base.scores = {0: np.array([3.0, 3.0])}
+    assert "nothing is shown" in report.headline(model("sft", 4), base)

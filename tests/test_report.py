@@ -338,7 +338,7 @@ def test_what_is_drawn_is_what_was_measured(folder):
     rows = [{**evaluate.read_results(folder / "results.jsonl")[0], "variant": variant, "iteration": t, "mean": mean,
              "metric": "coverage", "interval_95": None} for variant, t, mean in (
                  ("main", 0, 0.1), ("main", 1, 0.2), ("no_reg", 1, 0.3))]
-    drawn = {name: panels for name, (_, _, panels) in report.pictures_of(evaluations(folder), rows).items()}
+    drawn = {name: panels for name, (*_, panels) in report.pictures_of(evaluations(folder), rows).items()}
     own, other, none = drawn["gains"]["main"].values()
     assert own[0] == (0, 0, 0, 0) and own[1][:2] == (1, near(8 / 6)) and list(drawn["gains"]) == ["main", "no_reg"]
     assert [x[:2] for x in other] == [(0, -1.0), (1, near(8 / 6 - 1))], "Q-Random of Q_BASE stands at t=0"
@@ -346,7 +346,7 @@ def test_what_is_drawn_is_what_was_measured(folder):
     assert [x[1] for x in drawn["coverage"]["no_reg"]["user"]] == [0.1, 0.3], "from Q_BASE's"
     figure, axes = pictures.pyplot.subplots()
     pictures.panel(axes, {"a": [(0, 1, 0, 3), (1, 2, 1.5, 4)], "b": [(0, 1, 1, 1), (1, 2, 2, 2)]},
-                   dict(zip("ab", pictures.STYLES)))
+                   dict(zip("ab", pictures.STYLES)), "t={}")
     a, b = (container.lines for container in axes.containers)
     assert [list(line[0].get_xdata()) for line in (a, b)] == [[0, 1], [0.03, 1.03]] and list(a[0].get_ydata()) == [1, 2]
     assert [tuple(segment[:, 1]) for segment in a[2][0].get_segments()] == [(0, 3), (1.5, 4)]
