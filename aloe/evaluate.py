@@ -32,7 +32,7 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # first: there, too, is an evaluate.py
 from aloe.simulate import cuts, deal, read_people, roleplayer_chat, talk, talk_parser, walked  # noqa: E402
 from common import (Request, Rows, answer_all, fail, fingerprint, name_of, natural, read_prompts, run,  # noqa: E402
-                    say, seed_for, start_processes)
+                    sample_pairs, say, seed_for, start_processes)
 from evaluate import roleplayer_label, summary, write_results  # noqa: E402
 from report.stats import kappa  # noqa: E402
 
@@ -163,9 +163,8 @@ def main():
     say(processes, "", *walked(output[whole[0]]["rounds"]), "")
     add_results(found)
     if args.second_judge:
-        few = [key for k in range(args.rounds) for key in sorted(
-            (key for key in requests if key[1] == k and scores[key]["score"]),
-            key=lambda key: (seed_for(args.seed, "second", *key), key))[:args.second_cases]]
+        few = [key for k in range(args.rounds) for key in sample_pairs(
+            [key for key in requests if key[1] == k and scores[key]["score"]], args.second_cases, args.seed)]
         name = name_of(args.second_judge)
         second = judged(args.second_judge, "scores-" + name.replace("/", "-"), {key: requests[key] for key in few})
         ours, theirs = ({key: rows[key]["score"] for key in few if second[key]["score"]} for rows in (scores, second))

@@ -13,7 +13,6 @@ import argparse
 import statistics
 import sys
 from collections import defaultdict
-from glob import glob
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -32,8 +31,8 @@ COLUMNS = (*METRICS, "fitting_manners", "used_facts", "invented_facts", "ceiling
 
 
 def read_evaluations(run, split):
-    """Every evaluation of a run, one for each temperature and model, with its results {metric: row}, talks {persona_id:
-    row}, scores {persona_id: K scores, NaN where unreadable}, and missing {what: (how many, of how many)}."""
+    """Every evaluation of a run, one for each temperature and model, with its settings, results {metric: row}, talks
+    {persona_id: row}, scores {persona_id: K scores, NaN where unreadable}, missing {what: (how many, of how many)}."""
     found, results = [], [row for row in read_results(f"{run}/results.jsonl") if row["split"] == split]
     for al in sorted((row for row in results if row["metric"] == "AL"), key=lambda row: row["condition"]):
         e = SimpleNamespace(variant=al["variant"], condition=al["condition"], n=al["n"])
@@ -44,21 +43,22 @@ def read_evaluations(run, split):
             ("conversations", {"persona_id": str}, {"profile": str, "personality": str, "rounds": list}),
             ("scores", {"persona_id": str, "round": int}, {"score": int}))}
         e.talks, e.scores = {row["persona_id"]: row for row in rows["conversations"]}, by_person(rows["scores"])
+        e.settings = read_settings(f"{e.folder}/scores.jsonl")
         e.missing = {what: (sum(bool(row.get("refused")) for row in of), len(of)) for what, of in rows.items()}
         found.append(e)
     return found or fail(f"{run}/results.jsonl: no results on split {split}. aloe/evaluate.py writes them.")
 
 
-def check_seeds(runs, split):
+def check_seeds(names, runs):
     """Ends the program where runs differ in more than their seeds: a mean over two worlds or bases means nothing."""
-    first, *others = ([{name: value for name, value in read_settings(path).items() if name not in (
-        "seed", "personas", "conversations")} for path in sorted(glob(f"{run}/base/{split}-T*/scores.jsonl"))]
-        for run in runs)
-    for run, settings in zip(runs[1:], others):
-        differ = sorted({name for a, b in zip(first, settings) for name in {**a, **b} if a.get(name) != b.get(name)})
-        if differ or len(first) != len(settings):
-            fail(f"{runs[0]} and {run} are not two seeds of one run: base/ differs in "
-                 f"{', '.join(differ) or 'its temperatures'}. Report them one by one.")
+    made = [defaultdict(set) for _ in runs]                     # {setting: its values}, of the bases
+    for settings, evaluations in zip(made, runs):
+        for name, value in (item for e in evaluations if e.variant == "base" for item in e.settings.items()):
+            settings[name].add(str(value))
+    names_of = set().union(*made) - {"seed", "personas", "conversations"}
+    if differ := sorted(name for name in names_of if any(settings[name] != made[0][name] for settings in made)):
+        fail(f"{' and '.join(names)} are not seeds of one run: base/ differs in {', '.join(differ)}. Report them one by "
+             "one.")
 
 
 def contrasts(evaluations):
@@ -174,21 +174,21 @@ def main():
     parser.add_argument("runs", metavar="RUN", nargs="+", help="folders that aloe/run.sh wrote")
     parser.add_argument("--split", default="test", help="of the personas")
     args = parser.parse_args()
-    check_seeds(args.runs, args.split)
     runs = [read_evaluations(run, args.split) for run in args.runs]
+    check_seeds(args.runs, runs)
     ours, run = runs[0], args.runs[0]
     trained = [(one, other) for one, other in contrasts(ours) if other.variant.endswith("base")]
-    heads = next(filter(None, ([pair for pair in trained if pair[0].variant == name] for name in reversed(PAPER))),
-                 trained)                                       # of the last model of the paper's that is there
+    there = [name for name in PAPER if name in {e.variant for e, _ in trained}]
+    heads = [pair for pair in trained if pair[0].variant in (there[-1:] or [pair[0].variant])]
     e = heads[0][0] if heads else ours[0]
     tables = [as_table(table, ours), as_table(intervals, ours), *([as_table(over_seeds, runs)] * (len(runs) > 1)),
               as_table(who_what_when, {
-                  "": {"users": e.n, **read_settings(f"{e.folder}/scores.jsonl")}, "training": read_settings(
-                      f"{run}/{e.variant}/model"), "pairs": read_settings(f"{run}/conversations.jsonl")})]
+                  "": {"users": e.n, **e.settings}, "training": read_settings(f"{run}/{e.variant}/model"),
+                  "pairs": read_settings(f"{run}/conversations.jsonl")})]
     write_page("aloe/index.html.jinja", run, args.split, ours, pictures_of(ours), tables[2:-1] or tables[:2], {
         "lines": [headline(*pair) for pair in heads], "tables": tables,
-        "examples": [(pair[0].name, pair is heads[0], examples(*pair)) for pair in [
-            *heads, *(pair for pair in trained if pair[0].name not in {e.name for e, _ in heads})]]})
+        "examples": [(one.name, one is e, examples(one, other)) for one, other in sorted(
+            trained, key=lambda pair: pair not in heads)]})
 
 
 if __name__ == "__main__":

@@ -28,7 +28,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # first: there, to
 from common import (Request, Rows, add_model_flags, amount, fail, natural,  # noqa: E402
                     nucleus, open_model, read_prompts, read_rows, run, sample_pairs, say, seed_for,
                     stage_parser, start_processes)
-from simulate import deal_users, save_blocks  # noqa: E402
+from simulate import deal_users, own_words, save_blocks  # noqa: E402
 
 PROMPTS = read_prompts("aloe_roleplay", "aloe_induction", "aloe_hint")
 
@@ -58,12 +58,12 @@ def walked(rounds):
         ("user", "user"), ("assistant", r.get("chosen", "reply"))) if field in r]
 
 
-def invented(revealed, person):
-    """The words of an inducer's answer that stand nowhere in the persona, by their first five letters. It was told to
-    extract: what is new is made up, or somebody else's. (Of a model that rephrases this counts too many.)"""
-    known, told = ({word[:5] for word in re.findall(r"[^\W_]{3,}", text.lower())} for text in (
-        f"{person['profile']} {person['personality']} profile personalities none she", revealed))
-    return sorted(told - known)
+def extracted(revealed, person):
+    """The words in which an inducer describes the user, by their first five letters, and those of them that stand
+    nowhere in the persona. It was told to extract: these are made up, or somebody else's. (If it rephrases: too many.)"""
+    told, known = ({word[:5] for word in re.findall(r"[^\W_]{3,}", text.lower())} - {"profi", "perso", "none", "she"}
+                   for text in (revealed, f"{person['profile']} {person['personality']}"))
+    return told, told - known
 
 
 def tree(person, rounds, K, coin, prompts=PROMPTS):
@@ -118,7 +118,8 @@ def talk(output, people, steps, cast):
             (model_of, temperature), k = cast[field], len(rows[key]["rounds"]) - 1
             requests[model_of[key], temperature][key, field] = Request(chat, seed_for(args.seed, field, *key, k), key)
         for (spec, temperature), of_it in requests.items():
-            yield from models[spec].generate(of_it, temperature, args.top_p, args.max_tokens)
+            for (key, field), reply in models[spec].generate(of_it, temperature, args.top_p, args.max_tokens):
+                yield (key, field), own_words(reply) if field == "user" else reply
 
     def simulate_block(block):
         rows = {key: {**people[key], "rounds": []} for key in block}
@@ -194,19 +195,18 @@ def main():
     talk(output, people, lambda key, rounds: tree(
         people[key], rounds, args.rounds, lambda i: seed_for(args.seed, "chosen", *key, i) % 2, prompts), cast)
     whole = [row for row in output.values() if not row.get("refused")]
-    found = [(r["revealed"], row) for row in whole for r in row["rounds"]]
-    nothing = sum(set(re.findall(r"\w+", told.lower())) <= {"profile", "personalities", "none"} for told, _ in found)
-    strange = [words for told, row in found if (words := invented(told, row))]
+    found = [extracted(r["revealed"], row) for row in whole for r in row["rounds"]]
+    strange = [sorted(new) for _, new in found if new]
     examples = ", ".join(sorted(set(sum(strange, [])))[:3]) or "none"
-    words = np.array([[len(r[name].split()) for name in ("preferred", "rejected")]
-                      for row in whole for r in row["rounds"]]).reshape(-1, 2)                          # (pairs, 2)
     for row in whole[:1]:
         say(output.processes, "", row["profile"], row["personality"], *walked(row["rounds"]), "")
-    say(output.processes, f"{output.summary()} ({cuts(whole)}); in {nothing} rounds nothing was revealed, in "
-        f"{len(strange)} the inducer has words that are not in the persona ({examples})")
-    (p, r), longer = words.mean(0) if whole else (0, 0), (words[:, 0] > words[:, 1]).mean() if whole else 0
-    say(output.processes, f"{p:.1f} words in a preferred reply, {r:.1f} in a rejected one; {longer:.0%} of these are "
-        "shorter")
+    say(output.processes, f"{output.summary()} ({cuts(whole)}); in {sum(not told for told, _ in found)} rounds nothing was "
+        f"revealed, in {len(strange)} the inducer has words that are not in the persona ({examples})")
+    if whole:
+        p, r = np.array([[len(r[name].split()) for row in whole for r in row["rounds"]]
+                         for name in ("preferred", "rejected")])                                        # (pairs,) each
+        say(output.processes, f"{p.mean():.1f} words in a preferred reply, {r.mean():.1f} in a rejected one; "
+            f"{(p > r).mean():.0%} of these are shorter")
 
 
 if __name__ == "__main__":

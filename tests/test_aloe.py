@@ -164,8 +164,9 @@ def test_what_each_of_them_sees():
     assert json.dumps(TALK) == before
     assert evaluate.judge_chat(PERSON, "Yes.", "{Good}.") == said(filled(
         "judge", message="Yes.", response="{Good}.", **PERSON))
-    assert simulate.invented("Profile: He has two hens.\nPersonalities: None", PERSON) == []
-    assert simulate.invented("Profile: He has three cats.\nPersonalities: dry", PERSON) == ["cats", "three"]
+    assert simulate.extracted("Profile: None\nPersonalities: None", PERSON) == (set(), set())
+    assert simulate.extracted("Profile: He has two hens.", PERSON) == ({"has", "two", "hens"}, set())
+    assert simulate.extracted("Profile: He has three cats.\nPersonalities: dry", PERSON)[1] == {"cats", "three"}
 
 
 ROUNDS = [{"user": "Hi!", "revealed": "R1", "preferred": "p one", "rejected": "r one", "chosen": "rejected"},
@@ -514,10 +515,10 @@ def test_differences_are_of_the_same_users_and_seeds_are_of_one_base(run, tmp_pa
     first, _, last = report.over_seeds(runs)
     assert first == {"model": "base T=0", **dict.fromkeys(("AL", "IR", "N-IR"), "3.500 ± 0.707"), "R2": "-"}
     assert last == {"model": "sft - base T=0", **dict.fromkeys(("AL", "IR"), "0.500 ± 0.000")}
-    for name, more in (("run", {}), ("other", {}), ("smoke", {"rounds": 6})):
-        (tmp_path / f"{name}/base/test-T0").mkdir(parents=True, exist_ok=True)
-        (tmp_path / f"{name}/base/test-T0/scores.jsonl").touch()
-        (tmp_path / f"{name}/base/test-T0/scores.jsonl.settings.json").write_text(json.dumps({"rounds": 10, **more}))
+    shutil.copytree(tmp_path / "run", tmp_path / "smoke")
+    for name, rounds in (("run", 10), ("other", 10), ("smoke", 6)):
+        (tmp_path / f"{name}/base/test-T0/scores.jsonl.settings.json").write_text(json.dumps({
+            "rounds": rounds, "seed": len(name)}))
     out, _ = run(report, tmp_path / "run", tmp_path / "other")
     page = (tmp_path / "run/report/index.html").read_text()
     html5lib.HTMLParser(strict=True).parse(page)                # raises at the first error
@@ -526,7 +527,7 @@ def test_differences_are_of_the_same_users_and_seeds_are_of_one_base(run, tmp_pa
         assert words in page, words
     assert "<b>1" not in page and "3.500 ± 0.707" in out
     _, err = run(report, tmp_path / "run", tmp_path / "smoke", status=2)
-    assert "not two seeds of one run: base/ differs in rounds" in err
+    assert "smoke are not seeds of one run: base/ differs in rounds." in err
 
 
 def test_the_headlines_words_follow_the_intervals():
