@@ -30,7 +30,7 @@ from pathlib import Path
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # first: there, too, is an evaluate.py
-from aloe.simulate import cuts, deal, read_people, roleplayer_chat, talk, talk_parser, walked  # noqa: E402
+from aloe.simulate import cuts, read_people, roleplayer_chat, talk, talk_parser, walked  # noqa: E402
 from common import (Request, Rows, answer_all, fail, fingerprint, name_of, natural, read_prompts, run,  # noqa: E402
                     sample_pairs, say, seed_for, start_processes)
 from evaluate import roleplayer_label, summary, write_results  # noqa: E402
@@ -130,12 +130,11 @@ def main():
     args = parse_args()
     people = read_people(args.personas, args.split, args.limit, args.seed)
     roleplay, judging = (read_prompts(name, folder=args.prompts) for name in ("aloe_roleplay", "aloe_judge"))
-    cast = {"user": (deal(people, args), args.roleplayer_temperature),
-            "reply": (dict.fromkeys(people, args.model), args.temperature)}
     path, processes = f"{args.output}/conversations.jsonl", start_processes()
     output = Rows(args, path, ("persona_id",), processes, ("variant", "judge", "judge_max_tokens", "second_judge",
                   "second_cases"), **roleplay)
-    talk(output, people, lambda key, rounds: chat(people[key], rounds, args.rounds, roleplay), cast)
+    talk(output, people, lambda key, rounds: chat(people[key], rounds, args.rounds, roleplay),
+         {"reply": (args.model, args.temperature)})
 
     whole = [key for key in people if not output[key].get("refused")]                        # the N people who count
     requests = {(*key, k): Request(judge_chat(people[key], r["user"], r["reply"], judging),

@@ -76,13 +76,11 @@ def texts_in(reply, cut=False):
             if len(re.findall(r"\w+", line)) > 4 and not line.endswith(":") and not CHATTER.match(line)]
 
 
-def split_pool(pool, sizes, seed):
-    """{split: its members}: sizes[split] of them by a seeded draw, and all others for the split whose size is None."""
-    order, parts = sorted(pool, key=lambda text: (seed_for(seed, "split", text), text)), {}
-    for split, size in sizes.items():
-        if size is not None:
-            parts[split], order = order[:size], order[size:]
-    return {split: parts.get(split, order) for split in sizes}
+def split_pool(pool, splits, size, seed):
+    """{split: its members}: so many of a seeded draw for each split but the first, which has all others."""
+    order, (first, *others) = sorted(pool, key=lambda text: (seed_for(seed, "split", text), text)), splits
+    parts = {split: order[i * size:(i + 1) * size] for i, split in enumerate(others)}
+    return {first: order[len(others) * size:], **parts}
 
 
 def pairs_of(profiles, personalities, how_many, seed):
@@ -166,8 +164,7 @@ def main():
     embed = ngrams if args.embedder == "ngrams" else encoder(args.embedder)
     rows, rounds, growing = grow(args, pools, embed, replies, prompts)
 
-    parts = [split_pool(pools[pool], {split: held if i else None for i, split in enumerate(args.splits)}, args.seed)
-             for pool, held in zip(POOLS, args.held_out)]
+    parts = [split_pool(pools[pool], args.splits, size, args.seed) for pool, size in zip(POOLS, args.held_out)]
     made = []
     for split, size in args.splits.items():
         profiles, personalities = parts[0][split], parts[1][split]

@@ -55,10 +55,10 @@ def check_seeds(names, runs):
     for settings, evaluations in zip(made, runs):
         for name, value in (item for e in evaluations if e.variant == "base" for item in e.settings.items()):
             settings[name].add(str(value))
-    names_of = set().union(*made) - {"seed", "personas", "conversations"}
-    if differ := sorted(name for name in names_of if any(settings[name] != made[0][name] for settings in made)):
-        fail(f"{' and '.join(names)} are not seeds of one run: base/ differs in {', '.join(differ)}. Report them one by "
-             "one.")
+    compared = set().union(*made) - {"seed", "personas", "conversations"}
+    if differ := sorted(name for name in compared if any(settings[name] != made[0][name] for settings in made)):
+        fail(f"{' and '.join(names)} are not seeds of one run: base/ differs in {', '.join(differ)}. Report "
+             "them one by one.")
 
 
 def contrasts(evaluations):
@@ -126,18 +126,15 @@ def over_seeds(runs):
     results.jsonl of each run."""
     values = defaultdict(list)
     for evaluations in runs:
-        for e in evaluations:
-            for metric, row in e.results.items():
-                values[e.name, metric].append(row["mean"])
-        for one, other in contrasts(evaluations):
-            for metric in ("AL", "IR"):
-                values[f"{one.variant} - {other.name}", metric].append(
-                    one.results[metric]["mean"] - other.results[metric]["mean"])
+        of = {(e.name, metric): row["mean"] for e in evaluations for metric, row in e.results.items()}
+        of |= {(f"{one.variant} - {other.name}", metric): of[one.name, metric] - of[other.name, metric]
+               for one, other in contrasts(evaluations) for metric in ("AL", "IR")}
+        for what, mean in of.items():
+            values[what].append(mean)
     for model in dict.fromkeys(model for model, _ in values):
-        of = {name: values[model, name] for name in COLUMNS if (model, name) in values}
         yield {"model": model, **{name: "-" if None in means or len(means) < 2 else
                                   f"{statistics.mean(means):.3f} ± {statistics.stdev(means):.3f}"
-                                  for name, means in of.items()}}
+                                  for name in COLUMNS if (means := values.get((model, name)))}}
 
 
 # ---------------------------------------------------------------- the page

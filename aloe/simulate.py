@@ -19,7 +19,6 @@ Its command, on a laptop and at the paper's scale (3,000 x 10 x 4 = 120,000 call
 import re
 import sys
 from collections import Counter, defaultdict
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -59,8 +58,8 @@ def walked(rounds):
 
 
 def extracted(revealed, person):
-    """The words in which an inducer describes the user, by their first five letters, and those of them that stand
-    nowhere in the persona. It was told to extract: these are made up, or somebody else's. (If it rephrases: too many.)"""
+    """The words in which an inducer describes the user, by their first five letters, and those of them that are not in
+    the persona. It was told to extract: these are made up, or somebody else's. (Of one that rephrases: too many.)"""
     told, known = ({word[:5] for word in re.findall(r"[^\W_]{3,}", text.lower())} - {"profi", "perso", "none", "she"}
                    for text in (revealed, f"{person['profile']} {person['personality']}"))
     return told, told - known
@@ -103,26 +102,27 @@ def simulate(talks, rows, ask):
 def talk(output, people, steps, cast):
     """Simulates the conversations that `output` does not have, and saves them, a block of people at a time.
 
-    steps: (key, rounds) -> the steps of a conversation, as of `tree`; cast: {field: ({key: model}, temperature)}
+    steps: (key, rounds) -> the steps of a conversation, as of `tree`; cast: {field: (model, temperature)} of all but
+    the user. A hash deals each person one of --roleplayer; the row tells its name.
     """
-    args = output.args
+    args, (who, names) = output.args, deal_users(people, output.args.roleplayer, output.args.seed)
     size = max(1, args.batch_size // 2)                         # a step may ask for two replies
     blocks = [list(people)[i:i + size] for i in range(0, len(people), size)]
     todo = [block for block in blocks if not all(key in output for key in block)]
     models = {spec: open_model(spec, args, output.processes)
-              for spec in {spec for of, _ in cast.values() for spec in of.values()} if todo}
+              for spec in {*who.values(), *(spec for spec, _ in cast.values())} if todo}
 
     def ask(asked, rows):
         requests = defaultdict(dict)                            # two replies by one model share batch and history
         for (key, field), chat in asked.items():
-            (model_of, temperature), k = cast[field], len(rows[key]["rounds"]) - 1
-            requests[model_of[key], temperature][key, field] = Request(chat, seed_for(args.seed, field, *key, k), key)
+            speaker, k = cast.get(field, (who[key], args.roleplayer_temperature)), len(rows[key]["rounds"]) - 1
+            requests[speaker][key, field] = Request(chat, seed_for(args.seed, field, *key, k), key)
         for (spec, temperature), of_it in requests.items():
             for (key, field), reply in models[spec].generate(of_it, temperature, args.top_p, args.max_tokens):
                 yield (key, field), own_words(reply) if field == "user" else reply
 
     def simulate_block(block):
-        rows = {key: {**people[key], "rounds": []} for key in block}
+        rows = {key: {**people[key], "roleplayer": names[who[key]], "rounds": []} for key in block}
         simulate({key: steps(key, row["rounds"]) for key, row in rows.items()}, rows, ask)
         return rows.items()
 
@@ -160,15 +160,6 @@ def talk_parser(manual, output, split):
     return parser
 
 
-def deal(people, args):
-    """{key: model} of the users, as `talk` casts them. A hash deals each person one of --roleplayer; the row tells its
-    name."""
-    who, names = deal_users(people, args.roleplayer, args.seed)
-    for key, row in people.items():
-        row["roleplayer"] = names[who[key]]
-    return who
-
-
 def cuts(rows):
     """ "of 240 rounds user 12, reply 11": how many texts of each kind were cut."""
     rounds = [r for row in rows if not row.get("refused") for r in row["rounds"]]
@@ -187,21 +178,19 @@ def main():
     args = parse_args()
     people = read_people(args.personas, args.split, args.limit, args.seed)
     prompts = read_prompts(*PROMPTS, folder=args.prompts)
-    everybody = partial(dict.fromkeys, people)                  # one model for all of them
-    cast = {"user": (deal(people, args), args.roleplayer_temperature), "revealed": (everybody(args.inducer), 0.0),
-            "preferred": (everybody(args.model), args.temperature),
-            "rejected": (everybody(args.rejected_model or args.model), args.temperature)}
+    cast = {"revealed": (args.inducer, 0.0), "preferred": (args.model, args.temperature),
+            "rejected": (args.rejected_model or args.model, args.temperature)}
     output = Rows(args, args.output, ("persona_id",), start_processes(), **prompts)
     talk(output, people, lambda key, rounds: tree(
         people[key], rounds, args.rounds, lambda i: seed_for(args.seed, "chosen", *key, i) % 2, prompts), cast)
     whole = [row for row in output.values() if not row.get("refused")]
     found = [extracted(r["revealed"], row) for row in whole for r in row["rounds"]]
-    strange = [sorted(new) for _, new in found if new]
-    examples = ", ".join(sorted(set(sum(strange, [])))[:3]) or "none"
+    nothing, strange = sum(not told for told, _ in found), [new for _, new in found if new]
+    examples = ", ".join(sorted(set().union(*strange))[:3]) or "none"
     for row in whole[:1]:
         say(output.processes, "", row["profile"], row["personality"], *walked(row["rounds"]), "")
-    say(output.processes, f"{output.summary()} ({cuts(whole)}); in {sum(not told for told, _ in found)} rounds nothing was "
-        f"revealed, in {len(strange)} the inducer has words that are not in the persona ({examples})")
+    say(output.processes, f"{output.summary()} ({cuts(whole)}); in {nothing} rounds nothing was revealed, in "
+        f"{len(strange)} the inducer has words that are not in the persona ({examples})")
     if whole:
         p, r = np.array([[len(r[name].split()) for row in whole for r in row["rounds"]]
                          for name in ("preferred", "rejected")])                                        # (pairs,) each

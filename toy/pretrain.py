@@ -352,19 +352,21 @@ def pretrain(args, tokenizer, phases, measure, floors, size=1500):
     sys.exit(1 if missed else 0)
 
 
-def parse_args():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def pretrain_parser(manual, probe, decay):
+    """The flags of `pretrain`."""
+    parser = argparse.ArgumentParser(description=manual, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", required=True, help="model folder to write")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--experts", type=float, default=0.2, help="share of expert interviewers: the latent skill")
     parser.add_argument("--rate", type=float, default=3e-3, help="peak learning rate")
-    parser.add_argument("--probe", type=int, default=100_000, help="tokens between two measurements")
-    parser.add_argument("--decay", type=int, default=4_000_000, help="tokens while the rate falls to zero")
-    return parser.parse_args()
+    parser.add_argument("--probe", type=int, default=probe, help="tokens between two measurements")
+    parser.add_argument("--decay", type=int, default=decay, help="tokens while the rate falls to zero")
+    return parser
 
 
 def main():
-    args = parse_args()
+    parser = pretrain_parser(__doc__, 100_000, 4_000_000)
+    parser.add_argument("--experts", type=float, default=0.2, help="share of expert interviewers: the latent skill")
+    args = parser.parse_args()
     pretrain(args, build_tokenizer(texts_of_the_world()), phases(args.experts), abilities, FLOORS)
 
 

@@ -16,7 +16,6 @@ hint: with 1 they would leave DPO nothing to gain. Half of the hints describe so
 and not the chat. The words of the hint are there from phase 2 on: when they came last, they undid the copying. In
 phase 4 copying has to be asked for (docs/NOTES.md says why).
 """
-import argparse
 import random
 import sys
 from pathlib import Path
@@ -161,20 +160,11 @@ def texts_of_the_world():
                      for message in draw(rng)]
 
 
-def parse_args():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", required=True, help="model folder to write")
-    parser.add_argument("--seed", type=int, default=0)
+def main():
+    parser = pretrain.pretrain_parser(__doc__, 200_000, 3_000_000)
     parser.add_argument("--adapts", type=float, default=0.2, help="share of the replies that fit: the latent skill")
     parser.add_argument("--obey", type=float, default=0.4, help="share of the hinted replies that heed the hint")
-    parser.add_argument("--rate", type=float, default=3e-3, help="peak learning rate")
-    parser.add_argument("--probe", type=int, default=200_000, help="tokens between two measurements")
-    parser.add_argument("--decay", type=int, default=3_000_000, help="tokens while the rate falls to zero")
-    return parser.parse_args()
-
-
-def main():
-    args = parse_args()
+    args = parser.parse_args()
     pretrain.pretrain(args, pretrain.build_tokenizer(texts_of_the_world()), phases(args.adapts, args.obey),
                       abilities, FLOORS, size=3000)
 

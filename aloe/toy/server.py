@@ -19,6 +19,7 @@ import random
 import re
 import sys
 from functools import partial
+from itertools import cycle
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the root; first, since PyPI has an "aloe", too
@@ -72,23 +73,20 @@ def reply(request):
     model, seed = toy.model_and_seed(request)
     if model not in ROLES:
         raise Refused(f"no model {model!r}; there are: {', '.join(ROLES)}")
-    messages = request.get("messages")
-    try:
-        turns = [(turn["role"], turn["content"]) for turn in messages]
-    except (TypeError, KeyError) as error:
-        raise Refused("messages must be a list of objects with role and content") from error
-    spoken = ["user", "assistant"] * (len(turns) // 2) + ["user"]   # prompt, own message, chatbot's reply, ...
-    if [role for role, _ in turns] != spoken or not all(isinstance(text, str) for _, text in turns):
+    messages = request.get("messages")  # prompt, own message, chatbot's reply, ...
+    if not isinstance(messages, list) or len(messages) % 2 == 0 or not all(
+            isinstance(turn, dict) and turn.get("role") == role and isinstance(turn.get("content"), str)
+            for role, turn in zip(cycle(["user", "assistant"]), messages)):
         raise Refused("messages must be texts of user, assistant, user, ..., and end with the user")
-    if len(turns) > 1 and not model.startswith("aloe-user"):
+    if len(messages) > 1 and not model.startswith("aloe-user"):
         raise Refused(f"{model} answers one message")
     for pattern, answer in ROLES[model]:
-        if fields := pattern.fullmatch(turns[0][1]):
+        if fields := pattern.fullmatch(messages[0]["content"]):
             try:
                 return answer(**fields.groupdict(), seed=seed, model=model, history=messages[1:])
             except ValueError as error:  # a persona from elsewhere
                 raise Refused(str(error)) from error
-    raise Refused(f"this is not the prompt of the role that {model!r} plays: {turns[0][1][:80]!r}")
+    raise Refused(f"this is not the prompt of the role that {model!r} plays: {messages[0]['content'][:80]!r}")
 
 
 class Server(toy.Server):
