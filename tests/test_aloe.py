@@ -255,7 +255,7 @@ def cast(request):
         assert not before and request["temperature"] == 0
         return f"Profile: She has {'cats' if '1 hens' in last['content'] else 'hens'}.\nPersonalities: None"
     if name == "second":
-        return "4" if "Message 1" in last["content"] else "1"
+        return "?" if "3 hens" in last["content"] else "4" if "Message 1" in last["content"] else "1"
     if name == "judge":
         assert not before
         return "4" if "Message 1" in last["content"] else "about 3" if "4 hens" in last["content"] else "2"
@@ -382,13 +382,14 @@ def test_from_conversations_to_the_table(run, world, server, tiny, monkeypatch):
     assert len(found) == 8 and al["by_round"] == [2, 4] and ir["mean"] == 2 and ir["interval_95"] == [2, 2]
     assert (al["n"], al["roleplayer"], al["condition"]) == (6, "user", "T=1")
     del server.requests[:]                                      # a second judge comes later: no more is asked
-    for cases, n in ((2, 4), (6, 11)):
-        run(evaluate, *evaluate_flags(world, server, world / "dpo"), "--variant", "dpo", "--output", world / "e_dpo",
+    for cases, n, readable in ((2, 4, 2), (6, 11, 9)):          # of one of six people it makes nothing
+        out, _ = run(evaluate, *evaluate_flags(world, server, world / "dpo"), "--variant", "dpo", "--output", world / "e_dpo",
             "--second-judge", f"openai:second@{server.url}", "--second-cases", cases)
         found = {row["metric"]: row for row in read_lines(world / "r.jsonl") if row["variant"] == "dpo"}
-        assert found["kappa with second"]["n"] == n == len(server.requests)
-    assert found["agreement with second"]["mean"] == pytest.approx(6 / 11)         # (4, 4) six times, (2, 1) five
-    assert found["kappa with second"]["mean"] == pytest.approx((6 / 11 - 36 / 121) / (1 - 36 / 121))
+        assert n == len(server.requests) and f"; {n - readable} unreadable\n" in out
+        assert found["kappa with second"]["n"] == found["agreement with second"]["n"] == readable
+    assert found["agreement with second"]["mean"] == pytest.approx(5 / 9)          # (4, 4) five times, (2, 1) four
+    assert found["kappa with second"]["mean"] == pytest.approx((5 / 9 - 25 / 81) / (1 - 25 / 81))
 
 
 def test_dpo_starts_from_a_reward_of_nothing_in_bfloat16(run, world, tiny):
