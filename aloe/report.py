@@ -57,8 +57,8 @@ def check_seeds(names, runs):
             settings[name].add(str(value))
     compared = set().union(*made) - {"seed", "personas", "conversations"}
     if differ := sorted(name for name in compared if any(settings[name] != made[0][name] for settings in made)):
-        fail(f"{' and '.join(names)} are not seeds of one run: base/ differs in {', '.join(differ)}. Report "
-             "them one by one.")
+        fail(f"{' and '.join(names)} are not seeds of one run: base/ differs in {', '.join(differ)}. "
+             "Report them one by one.")
 
 
 def contrasts(evaluations):
@@ -175,8 +175,8 @@ def main():
     check_seeds(args.runs, runs)
     ours, run = runs[0], args.runs[0]
     trained = [(one, other) for one, other in contrasts(ours) if other.variant.endswith("base")]
-    there = [name for name in PAPER if name in {e.variant for e, _ in trained}]
-    heads = [pair for pair in trained if pair[0].variant in (there[-1:] or [pair[0].variant])]
+    last = [name for name in PAPER if name in {e.variant for e, _ in trained}][-1:]         # none of MODELS alone
+    heads = [pair for pair in trained if not last or pair[0].variant in last]
     e = heads[0][0] if heads else ours[0]
     tables = [as_table(table, ours), as_table(intervals, ours), *([as_table(over_seeds, runs)] * (len(runs) > 1)),
               as_table(who_what_when, {
@@ -185,7 +185,7 @@ def main():
     write_page("aloe/index.html.jinja", run, args.split, ours, pictures_of(ours), tables[2:-1] or tables[:2], {
         "lines": [headline(*pair) for pair in heads], "tables": tables,
         "examples": [(one.name, one is e, examples(one, other)) for one, other in sorted(
-            trained, key=lambda pair: pair not in heads)]})
+            trained, key=lambda pair: pair[0].variant not in last)]})
 
 
 if __name__ == "__main__":

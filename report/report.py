@@ -358,8 +358,8 @@ def examples(e, tasks, personas, gold):
 # ---------------------------------------------------------------- the page
 
 def write_page(template, run, split, evaluations, pictures, shown, page):
-    """Draws the pictures, writes RUN/report/index.html, and prints the lines, the alarms, and the tables `shown`. This
-    is for every project's page (aloe/report.py, too). evaluations: for each its name and what is missing."""
+    """Draws the pictures, writes RUN/report/index.html from a template and what it names (page: lines, tables, ...),
+    and prints lines, alarms (what the evaluations lack), and the tables `shown`. For aloe/report.py, too."""
     folder, drawn = Path(run, "report" if split == "test" else f"report-{split}"), {}
     folder.mkdir(exist_ok=True)
     try:
@@ -415,9 +415,9 @@ def main():
     tables = [as_table(summary, whole), as_table(planned, whole), as_table(verdicts, whole, second),
               as_table(conversations, whole, personas), as_table(gain_a_turn, evaluations),
               as_table(measures, results, whole[0].user), as_table(trainings, run),
-              as_table(who_what_when, {"": {"tasks": tasks_met, "personas": people_met, **e.settings}, "gold":
-                                       read_settings(gold_path), "training": read_settings(
-                                           f"{run}/{e.variant}/{e.t}/model")})]
+              as_table(who_what_when, {
+                  "": {"tasks": tasks_met, "personas": people_met, **e.settings}, "gold": read_settings(gold_path),
+                  "training": read_settings(f"{run}/{e.variant}/{e.t}/model")})]
     write_page("report/index.html.jinja", run, args.split, whole, pictures_of(whole, results[run]),
                [tables[5 if len(results) > 1 else 0]], {
         "lines": [*map(headline, heads)], "tables": tables,

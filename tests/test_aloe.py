@@ -250,7 +250,7 @@ def cast(request):
     name = request["model"]
     if name.startswith("user"):
         assert "Your task is to play the role" in (before or [last])[0]["content"]
-        return f"Message {len(before) // 2}, seed {request['seed'] % 100}."
+        return f"You: Message {len(before) // 2}, seed {request['seed'] % 100}.\nAssistant: What I never said."
     if name == "inducer":
         assert not before and request["temperature"] == 0
         return f"Profile: She has {'cats' if '1 hens' in last['content'] else 'hens'}.\nPersonalities: None"
@@ -288,6 +288,7 @@ def test_conversations(run, world, server):
     for row in rows:
         assert [set(r) for r in row["rounds"]] == 2 * [{"user", "revealed", "preferred", "rejected", "chosen"}]
         assert {(r["preferred"], r["rejected"]) for r in row["rounds"]} == {("A warm reply.", "A reply.")}
+        assert all(re.fullmatch(r"Message [01], seed \d+\.", r["user"]) for r in row["rounds"]), "the user's own words"
     assert {r["chosen"] for row in rows for r in row["rounds"]} == {"preferred", "rejected"}
     lengths = Counter(len(request["messages"]) for request in server.requests if request["model"] == "chat")
     assert lengths == {1: 12, 3: 12}, "both replies of a round see its history"
