@@ -497,7 +497,7 @@ def test_differences_are_of_the_same_users_and_seeds_are_of_one_base(run, tmp_pa
         (tmp_path / f"run/{variant}/test-T0").mkdir(parents=True)
         write_rows(tmp_path / f"run/{variant}/test-T0/scores.jsonl", [
             {"persona_id": f"p{i:02d}", "round": k, "score": round(1000 * score)} for (i, k), score in scores.items()
-            if (variant, i) != ("sft", 7)])                     # she counts in neither
+            if (variant, i) not in (("sft", 7), ("base", 3))])  # they count in neither
         write_rows(tmp_path / f"run/{variant}/test-T0/conversations.jsonl", [
             {**PERSON, "persona_id": f"p{i:02d}", "rounds": [{"user": f"<b>{k}", "reply": variant} for k in range(2)]}
             for i in range(40)])
@@ -510,7 +510,7 @@ def test_differences_are_of_the_same_users_and_seeds_are_of_one_base(run, tmp_pa
     runs = [report.read_evaluations(tmp_path / name, "test") for name in ("run", "other")]
     base, _, difference = report.intervals(runs[0])
     assert [*base.values()][:4] == ["base T=0", "40", "3.00 (2.50 to 3.50)", "3.000 (2.500 to 3.500)"]
-    assert [*difference.values()] == ["sft - base T=0", "39", "750.00 (750.00 to 750.00)",
+    assert [*difference.values()] == ["sft - base T=0", "38", "750.00 (750.00 to 750.00)",
                                       "500.000 (500.000 to 500.000)"]
     assert next(report.table(runs[0])) == dict(zip("model k=1 k=2 AL IR N-IR R2".split(), [
         "base T=0", "2.00", "4.00", "3.00", "3.000", "3.000", "3.000"]))
@@ -525,7 +525,7 @@ def test_differences_are_of_the_same_users_and_seeds_are_of_one_base(run, tmp_pa
     page = (tmp_path / "run/report/index.html").read_text()
     html5lib.HTMLParser(strict=True).parse(page)                # raises at the first error
     for words in ("than base&#39;s: AL 3.50, a difference of 750.00 (750.00 to 750.00). They improve more over",
-                  "He has {two} hens.", "&lt;b&gt;1", "3.500 ± 0.707", "All 39 users, worst first"):
+                  "He has {two} hens.", "&lt;b&gt;1", "3.500 ± 0.707", "All 38 users, worst first"):
         assert words in page, words
     assert "<b>1" not in page and "3.500 ± 0.707" in out
     _, err = run(report, tmp_path / "run", tmp_path / "smoke", status=2)
