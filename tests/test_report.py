@@ -326,8 +326,10 @@ def test_the_page(folder, run, monkeypatch):
     assert (folder / "report/index.html").read_text() == page, "the same run gives the same page"
     other = folder.parent / "other"
     shutil.copytree(folder, other)
-    assert "between runs" in run(report, folder, other)[0]
-    assert "between runs" in (folder / "report/index.html").read_text()
+    evaluation(other, "no_reg/1", 1, variant="no_reg")
+    assert "between runs" in run(report, other, folder)[0]
+    page = (other / "report/index.html").read_text()
+    assert "between runs" in page and "the questions alone: train.py --target none<" in page, "README's marks are gone"
     monkeypatch.setitem(sys.modules, "report.pictures", None)   # without matplotlib it has the rest
     assert "report/requirements.txt" in run(report, folder)[0]
     assert "<img" not in (folder / "report/index.html").read_text()
