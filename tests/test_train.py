@@ -130,6 +130,21 @@ def test_rows_without_a_response_are_left_out_and_counted(run, world, tiny):
     assert "no example to train on (2 refused or without a target" in err and not Path(world.path("none")).exists()
 
 
+def test_the_messages_that_the_data_page_makes_are_what_is_learned(world, tiny):
+    """docs/data.md, for TRL: without the rows that are refused or cut."""
+    marks = [{"response": None}, {"cut": True}, {"cut_turns": [0]}, {"refused": "declined"}]
+    rows = [{**row, "gold_log_prob": -1.0, "response": "Say </s>. ", **(marks[i] if i < 4 else {})}
+            for i, row in enumerate(world.conversations("A", n=1))]
+    examples, _ = examples_of(world, tokenizer := common.load_tokenizer(tiny), rows)
+    code = (common.PROMPTS.parent / "docs/data.md").read_text().split("```python\n")[1].split("```")[0]
+    for there, here in (("runs/smoke", world.folder), ("/base/selected", "/s"), ("toy/base", tiny)):
+        code = code.replace(there, str(here))
+    exec(code, {})
+    chats = [row["messages"] for row in read_lines(world.path("messages.jsonl"))]
+    assert [[tokenizer.apply_chat_template(chat, return_dict=False)] for chat in chats] == [
+        [ids for ids, _ in examples[common.pair_of(row)]] for row in rows[4:]]
+
+
 def test_rows_of_another_split_are_trained_on_only_when_it_is_named(run, world, tiny):
     write_rows(world.path("s.jsonl"), [{**row, "gold_log_prob": -1.0, "response": "Say."} for split in ("A", "test")
                                        for row in world.conversations(split, n=1)[:2]])
