@@ -315,7 +315,7 @@ def main():
               for pair, of_pair in samples.items()}
     turns = {pair: len(conversations[key]) // 2 for pair, key in judged.items()}
     K = simulation.get("max_turns") or max(turns.values())
-    pairs = win_pairs(turns, args.win_pairs, K, args.seed)
+    pairs = win_pairs(turns, args.win_pairs, K, args.seed) or fail(f"--win-pairs: too few. Give {K} or more.")
     keys = [judged[pair] for pair in pairs]
     if "win_rate" in args.metrics:
         responses = output("responses", "sample", without=OF_VERDICTS)

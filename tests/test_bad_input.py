@@ -178,6 +178,7 @@ CASES = {                                                         # name -> stag
     **{f"other tasks: {stage}": (
         stage, lambda b: b.drop("tasks", 1) or b.drop("tasks", 4), r"is not among the given --tasks")
        for stage in ("select", "train", "evaluate")},
+    "a judged pair for no length: evaluate": ("evaluate", lambda b: ["--win-pairs", 1], "--win-pairs: too few. Give 3"),
     "no such split: gold": ("gold", lambda b: ["--split", "Z"], "--split Z"),
     **{f"no chat template: {stage}": (
         stage, lambda b, flag=flag: [flag, b.without("chat_template.jinja")], "broken: .*no chat template")
