@@ -207,7 +207,7 @@ def take_output(output, settings):
         fail(f"{output}: another run is writing it. Wait for that, or give another --output.")
     old = read_settings(output)
     differ = [f"{name}: {str(old.get(name))[:60]!r} there, {str(settings.get(name))[:60]!r} now"
-              for name in sorted({**old, **settings}) if old.get(name) != settings.get(name)]
+              for name in sorted({**old, **settings}) if (old.get(name) or None) != (settings.get(name) or None)]
     if there and differ:
         fail(f"{output}: made with other settings: {'; '.join(differ)}. {remove}")
     if not there:
@@ -447,7 +447,9 @@ def start_processes():
     """Accelerate's view of this process: one of those that `accelerate launch` or torchrun has started, or alone."""
     from datetime import timedelta
     from accelerate import Accelerator, InitProcessGroupKwargs
-    return Accelerator(kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(days=2))])
+    from torch.backends import mps
+    return Accelerator(cpu=mps.is_available(),                  # Apple's GPUs have no float64
+                       kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(days=2))])
 
 
 def open_model(spec, args, processes):
@@ -603,8 +605,7 @@ class LocalModel:
         kinds = {type(layer) for layer in cache.layers}
         if getattr(self.model, "_is_stateful", False) or not kinds <= {DynamicLayer, DynamicSlidingWindowLayer}:
             fail(f"{self.name}: padding would change the state of its layers (as Mamba's). Serve it: openai:MODEL@URL.")
-        # Sharing puts padding inside a row, between opening and rest. Rotary positions skip it; a sliding window, ALiBi
-        # and learned local attention count its columns.
+        # Sharing puts padding inside a row. Rotary positions skip it; sliding windows, ALiBi and others count it.
         if kinds != {DynamicLayer} or not getattr(self.model.config.get_text_config(), "rope_parameters", None):
             groups = range(len(prompts))
         opening = {g: os.path.commonprefix([p[:-1] for p, of in zip(prompts, groups) if of == g]) for g in groups}
@@ -776,7 +777,7 @@ natural, fraction, amount, nucleus = number(int, 1), number(float, 0, 1), number
 
 def json_object(text):
     """An argparse type: {"name": value, ...}. Settings are stored: no place for a key or a password."""
-    if re.search('api.?key|token"|authorization|secret|password', text, re.IGNORECASE):
+    if re.search('api.?key|"((access|auth|bearer|hf).?)?token"|authorization|secret|password', text, re.IGNORECASE):
         raise argparse.ArgumentTypeError("keys belong in OPENAI_API_KEY, or SERVER_API_KEY for a server by URL")
     return {**json.loads(text)}
 

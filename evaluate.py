@@ -18,10 +18,7 @@ On a laptop (files from simulate.py's and gold.py's examples):
     python evaluate.py --base toy/base --questioner toy/base --dtype float32 --iteration 0 --split A \\
         --tasks runs/t.jsonl --personas runs/p.jsonl --gold runs/g.jsonl --conversations runs/c.jsonl \\
         --output runs/e0 --results runs/results.jsonl
-The paper's scale, 5,000 conversations and 300 verdicts:
-    accelerate launch evaluate.py --questioner runs/paper/main/1/model --iteration 1 --baseline runs/paper/base/test \\
-        --conversations runs/paper/main/1/test.jsonl --judge openai:MODEL --personas runs/paper/personas.jsonl \\
-        --gold runs/paper/gold.jsonl --output runs/paper/main/1/test --results runs/paper/results.jsonl
+The paper's scale, 5,000 conversations and 300 verdicts: PRINT=1 bash run.sh paper prints the command.
 """
 import fcntl
 import json
@@ -70,9 +67,7 @@ def conditions(conversations, pairs, seed, controls):
         source = task_id, other[task_id].get(persona_id), sample
         if source in conversations:
             rows[task_id, persona_id, sample, "q_random"] = conversations[source]
-        if controls:
-            rows[task_id, persona_id, 0, "negative_control"] = []
-            rows[task_id, persona_id, 0, "positive_control"] = []
+        rows |= {(task_id, persona_id, 0, control): [] for control in CONDITIONS[2:] if controls}
     return rows
 
 
@@ -224,11 +219,6 @@ def roleplayer_label(conversations, given):
     return given or " + ".join(name_of(user) for user in (users if isinstance(users, list) else [users]))
 
 
-def read_responses(path):
-    """Yields the rows of responses.jsonl that are no refusals."""
-    return (row for row in read_rows(path, SAMPLE, {"turns": int, "response": str}) if not row.get("refused"))
-
-
 MUST_AGREE = ("base tasks personas gold split roleplayer seed dtype max_tokens temperature top_p system "
               "chat_template_kwargs").split()
 
@@ -328,7 +318,8 @@ def main():
     # 3. Verdicts: a judge who sees the persona compares them with Q_BASE's.
     if args.judge:
         ours = {key[:2]: responses[key]["response"] for key in keys if not responses[key].get("refused")}
-        base = {pair_of(row): row["response"] for row in read_responses(f"{args.baseline}/responses.jsonl")}
+        theirs = read_rows(f"{args.baseline}/responses.jsonl", SAMPLE, {"response": str})
+        base = {pair_of(row): row["response"] for row in theirs if not row.get("refused")}
         orders = {pair: ORDERS if args.both_orders else [order] for pair, order in pairs.items()
                   if pair in ours and pair in base}
         requests = {(*pair, order): Request(

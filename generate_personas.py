@@ -9,8 +9,7 @@ text or a name, since the name is all that the Questioner is told; a reply that 
 On a laptop, with the embedded world's server (toy/server.py) running:
     python generate_personas.py --model openai:persona-writer@http://127.0.0.1:8765/v1 --splits A=8,test=4 \\
         --output runs/p.jsonl
-The paper's scale, 110 calls (the paper's writer, gpt-4-0613, was shut down in October 2026):
-    python generate_personas.py --model openai:MODEL --output runs/paper/personas.jsonl
+The paper's scale, 110 calls: PRINT=1 bash run.sh paper prints the command.
 """
 import random
 from argparse import Namespace
@@ -48,7 +47,7 @@ def name_in(persona):
 
 def persona_splits(text):
     """"A=50,test=10" -> {"A": ["A00", ..., "A49"], "test": ["test00", ...]}."""
-    sizes = dict(part.split("=") for part in text.split(","))
+    sizes = dict(part.strip().split("=") for part in text.split(","))
     return {split: [f"{split}{i:02d}" for i in range(natural(size))] for split, size in sizes.items()}
 
 
@@ -71,8 +70,7 @@ def main():
     if len(examples) < 2:
         fail(f"{args.examples}: each prompt shows two personas. Add some.")
     prompts, processes, rejected = read_prompts(*PROMPTS, folder=args.prompts), start_processes(), Counter()
-    # Every reply is kept: it was paid for, and who is accepted depends on the order of the personas, not on which reply
-    # was fastest. More people or attempts may be wanted later.
+    # Every reply is kept: it was paid for, and more people or attempts may be wanted later.
     settings = {"without": ("splits", "attempts"), **prompts}
     rows = Rows(args, args.output, ("persona_id",), processes, **settings)
     replies = Rows(args, args.output.removesuffix(".jsonl") + ".replies.jsonl", ("persona_id", "attempt"), processes,

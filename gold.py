@@ -13,8 +13,7 @@ On a laptop, with the embedded world's server (toy/server.py) running:
     python toy/world.py --output runs/t.jsonl --tasks-per-split 6
     python gold.py --oracle openai:oracle@http://127.0.0.1:8765/v1 --tasks runs/t.jsonl --personas runs/p.jsonl \\
         --split A --limit 20 --output runs/g.jsonl
-The paper's scale, 2 x 250 x 50 + 50 x 10 = 25,500 calls:
-    python gold.py --oracle openai:MODEL --personas runs/paper/personas.jsonl --output runs/paper/gold.jsonl
+The paper's scale, 2 x 250 x 50 + 50 x 10 = 25,500 calls: PRINT=1 bash run.sh paper prints the command.
 """
 from common import (PAIR, Request, Rows, add_data_flags, add_model_flags, all_pairs, amount,
                     answer_all, natural, nucleus, read_personas, read_prompts, read_tasks, run, say, seed_for,
@@ -53,8 +52,7 @@ def main():
     def fields(pair, reply):                                    # an empty gold would make any conversation the best
         return {"split": tasks[pair[0]]["split"], "gold": reply.text, **({} if reply.text else {"refused": "empty"})}
 
-    sampling = args.temperature, args.top_p, args.max_tokens
-    answer_all(rows, requests, args.oracle, sampling, "gold responses", fields)
+    answer_all(rows, requests, args.oracle, (args.temperature, args.top_p, args.max_tokens), "gold responses", fields)
     i, j = pairs[0]
     say(processes, "", tasks[i]["task"], personas[j]["persona"], f"-> {rows[i, j]['gold']}", "", rows.summary())
 

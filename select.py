@@ -13,9 +13,7 @@ model. The paper's KL term keeps the model's responses where they were. Line 5 d
 On a laptop (files from simulate.py's and gold.py's examples):
     python select.py --base toy/base --questioner toy/base --dtype float32 --tasks runs/t.jsonl \\
         --personas runs/p.jsonl --conversations runs/c.jsonl --gold runs/g.jsonl --output runs/s.jsonl
-The paper's scale, 125,000 scores and 12,500 responses:
-    accelerate launch select.py --personas runs/paper/personas.jsonl --gold runs/paper/gold.jsonl \\
-        --conversations runs/paper/base/conversations.jsonl --output runs/paper/base/selected.jsonl
+The paper's scale, 125,000 scores and 12,500 responses: PRINT=1 bash run.sh paper prints the command.
 """
 if __name__ == "select":
     # This file's name hides the standard library's `select` from every program started in this folder. Whoever imports
@@ -104,8 +102,7 @@ def main():
                 select_random(c, args.k, seed_for(args.seed, "pick", *pair)))
         for sample in sorted(keep):
             row = {**rows[(*pair, sample)], "gold_log_prob": c[sample], "response": None}
-            cut = row.pop("cut", None)                          # is the response's in this file; once it was a number
-            cut = cut if isinstance(cut, list | None) else list(range(len(row["conversation"])))
+            cut = row.pop("cut", None)                          # is the response's in this file
             chosen[(*pair, sample)] = {**row, "cut_turns": cut} if cut else row
     if not chosen:
         fail(f"{args.conversations}: no gold response has a finite log-probability. Look at its rows, and at --base.")

@@ -5,8 +5,7 @@
 For each (task, persona) pair, n = 10 conversations of 1 to K = 3 questions. All conversations of a pair have the same
 length, which a hash of the pair draws: every model and every iteration meets the same lengths. A hash draws the random
 numbers of each question, too. So Q_BASE and Q_t are sampled with the same numbers, and differ by what Q_t has learned.
-The Questioner is told the user's name and the task, and to ask; it never sees the persona. If there are several
-Roleplayers, a hash of the pair says who answers it.
+The Questioner is told the user's name and the task, and to ask; it never sees the persona.
 
     reads   --tasks     {"task_id": "A000", "split": "A", "task": "How do I start a small herb garden?"}
             --personas  {"persona_id": "A00", "split": "A", "name": "June", "persona": "I'm June. ..."}
@@ -18,9 +17,7 @@ Roleplayers, a hash of the pair says who answers it.
 On a laptop, with the embedded world's server (toy/server.py) running:
     python simulate.py --questioner toy/base --roleplayer openai:roleplayer@http://127.0.0.1:8765/v1 --dtype float32 \\
         --tasks runs/t.jsonl --personas runs/p.jsonl --split A --limit 20 --max-tokens 64 --output runs/c.jsonl
-The paper's scale, 250 x 50 x 10 = 125,000 conversations (and the Roleplayer on a server of its own):
-    accelerate launch simulate.py --roleplayer openai:mistralai/Mixtral-8x7B-Instruct-v0.1@http://host:8000/v1 \\
-        --personas runs/paper/personas.jsonl --split A --output runs/paper/base/conversations.jsonl
+The paper's scale, 250 x 50 x 10 = 125,000 conversations an iteration: PRINT=1 bash run.sh paper prints the command.
 """
 import re
 from collections import defaultdict
@@ -54,11 +51,12 @@ def roleplayer_chat(persona, task, conversation, prompts=PROMPTS):
 
 def own_words(reply):
     """What the user says: without the label in which the prompt ends, and without the turns that it invents after."""
-    own, any_ = (rf"^[\W_]*(?:{who})[ *_]*[:：][ *_]*" for who in (     # "**You:** ..."
+    label, turn = (rf"^[\W_]*(?:{who})[ *_]*[:：][ *_]*" for who in (    # "**You:** ..."
         "You|User|Human", "You|User|Human|AI Assistant|AI|Assistant"))
-    text = re.sub(own, "", reply.text, flags=re.IGNORECASE)
-    text = re.split(any_, text, flags=re.IGNORECASE | re.MULTILINE)[0].strip()
-    return reply._replace(text=text, refused=reply.refused or (None if text else "speaks for the assistant"))
+    text = re.sub(label, "", reply.text, flags=re.IGNORECASE)
+    own = re.split(turn, text, flags=re.IGNORECASE | re.MULTILINE)[0]
+    return reply._replace(text=own.strip(), cut=reply.cut and own == text,
+                          refused=reply.refused or (None if own.strip() else "speaks for the assistant"))
 
 
 def deal_users(keys, roleplayers, seed):

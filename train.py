@@ -5,7 +5,6 @@
 
 One example is the conversation in figure 17's form with the response at its end. The loss covers every assistant turn,
 the questions and the response, each with its end-of-turn token; the user's turns are masked.
-`--target none` leaves the response out (the paper's "w/o Reg."), `--target gold` puts the Oracle's in its place.
 
     reads   --selected  the rows of select.py      (and --gold, the rows of gold.py, for --target gold)
     writes  --output    a model folder that transformers 5 opens, and a vLLM built on it (4.57 ignores its rope
@@ -15,9 +14,7 @@ the questions and the response, each with its end-of-turn token; the user's turn
 On a laptop (files from select.py's example):
     python train.py --base toy/base --selected runs/s.jsonl --tasks runs/t.jsonl --personas runs/p.jsonl \\
         --dtype float32 --lr 1.5e-3 --batch-size 8 --micro-batch-size 8 --epochs 6 --output runs/model
-The paper's scale, 12,500 examples in batches of 64:
-    accelerate launch --config_file configs/fsdp.yaml train.py --selected runs/paper/base/selected.jsonl \\
-        --personas runs/paper/personas.jsonl --output runs/paper/main/1/model
+The paper's scale, 12,500 examples in batches of 64: PRINT=1 bash run.sh paper prints the command.
 A training that was interrupted starts from the beginning; one that is finished is not repeated.
 """
 import json
@@ -257,8 +254,7 @@ def train(args, read_examples, schedule="cosine", loss_of=None, **more):
     if args.gradient_checkpointing:
         model.activation_checkpointing_enable({"use_reentrant": False})
     if dtype == "bfloat16" and accelerator.is_main_process:
-        weights = [weight.detach() for weight in model.parameters()]
-        moved = sum((w + args.lr != w).sum().item() for w in weights) / sum(w.numel() for w in weights)
+        moved = sum((w + args.lr != w).sum().item() for w in model.parameters()) / model.num_parameters()
         say(accelerator, f"bfloat16 weights: rounded to nearest, a step of {args.lr:g} changes {moved:.0%} of them, "
                          "and is lost on others. --rounding stochastic keeps it on average (docs/precision.md).")
     try:

@@ -204,7 +204,7 @@ class World:
         files, served, local = self.flags("tasks", "personas"), f"openai:m@{url}", ["--dtype", "float32"]
         both = ["--base", model, "--questioner", model, *local, *files, "--max-tokens", 4]
         return [*{
-            "generate_personas": ["--model", served, "--splits", "A=2,test=2"],
+            "generate_personas": ["--model", served, "--splits", "A=2, test=2"],
             "gold": ["--oracle", served, *files, "--split", "A"],
             "simulate": [*both[2:], "--roleplayer", served, "--samples", 2],
             "select": [*both, *self.flags("gold"), "--conversations", self.path("talks.jsonl")],

@@ -29,7 +29,6 @@ READERS = {
     common.read_personas: {"persona_id": "A0", "split": "A", "name": "Ann", "persona": "I'm Ann."},
     common.read_gold: {"task_id": "A0", "persona_id": "A0", "split": "A", "gold": "Sencha."},
     read_conversations: {"task_id": "A0", "persona_id": "A0", "sample": 0, "split": "A", "conversation": TURNS},
-    evaluate.read_responses: {"task_id": "A0", "persona_id": "A0", "sample": 0, "turns": 1, "response": "Sencha."},
     evaluate.read_results: {"variant": "main", "iteration": 1, "metric": "win_rate", "condition": "", "roleplayer": "r",
                           "split": "test", "mean": 0.5, "sem": None, "n": 3},
 }

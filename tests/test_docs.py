@@ -127,7 +127,7 @@ def test_the_top_level_is_seven_scripts_and_a_loop_short_and_made_of_nothing_bel
     assert not re.search(rf"^\s*(from|import) ({'|'.join(FOLDERS)})\b", "".join(map(code.get, CORE)), re.M)
     assert max(len(line) for text in code.values() for line in text.splitlines()) <= 120
     lines = {name: text.count("\n") for name, text in code.items()}
-    assert sum(map(lines.get, CORE)) <= 2082 and lines["common.py"] <= 819 and lines["run.sh"] <= 131, lines
+    assert sum(map(lines.get, CORE)) <= 2061 and lines["common.py"] <= 820 and lines["run.sh"] <= 131, lines
     assert sum(map(lines.get, LOOP[1:])) <= 107 and (ROOT / "README.md").read_text().count("\n") <= 250
 
 

@@ -179,8 +179,9 @@ def test_a_404_names_v1_and_a_missing_file_an_earlier_stage(run, world, server):
     ("Tiny. You: see?", "Tiny. You: see?"), ("AI Assistant: And now?", ""), ("**You:** Hi.\n\n**AI:** So?", "Hi."),
     ("user： Hi", "Hi"), ("Your: see?", "Your: see?")])
 def test_the_user_speaks_for_himself_alone(said, heard):
-    reply = simulate.own_words(common.Reply(said))
+    reply = simulate.own_words(common.Reply(said, cut=True))
     assert reply.text == heard and bool(reply.refused) == (not heard)
+    assert reply.cut == said.endswith(heard or "none"), "what was cut may be what was taken off"
 
 
 def test_personas_are_no_copies_and_one_empty_reply_is_asked_again(run, world, server):

@@ -53,6 +53,7 @@ def test_a_key_that_a_server_repeats_is_neither_printed_nor_stored(run, world, s
 def test_a_key_in_a_url_or_among_a_requests_arguments_is_refused_and_not_shown(run, world, keys, url, more):
     out, err = run(gold, *world.command("gold", None, url.format(KEY)), *more, status=2)
     assert ("Set SERVER_API_KEY" in err or "keys belong in" in err) and KEY not in out + err
+    assert common.json_object('{"add_bos_token": true}') == {"add_bos_token": True}        # no key, for all its name
     assert not any(KEY in path.read_text() for path in world.folder.rglob("*.json*"))
 
 

@@ -237,6 +237,14 @@ def changed(folder, base):
     return (a != b).float().mean().item()
 
 
+def test_on_apples_gpu_which_has_no_float64_the_cpu_works(monkeypatch):
+    for name in ("is_available", "is_built"):
+        monkeypatch.setattr(torch.backends.mps, name, lambda: True)
+    AcceleratorState._reset_state(True)
+    assert common.start_processes().device.type == "cpu"
+    AcceleratorState._reset_state(True)
+
+
 def test_precisions_from_the_command_line(run, world, tiny, monkeypatch):
     """Each saves bfloat16; nearest rounding says what it loses, and the others lose less."""
     selected(world)

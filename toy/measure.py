@@ -26,8 +26,8 @@ from pathlib import Path
 import world
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the stages; first, since PyPI has an "evaluate", too
-from common import fail, key_of, read_conversations, read_personas, read_tasks, run  # noqa: E402
-from evaluate import by_pair, read_responses, roleplayer_label, summary, write_results  # noqa: E402
+from common import SAMPLE, fail, key_of, read_conversations, read_personas, read_rows, read_tasks, run  # noqa: E402
+from evaluate import by_pair, roleplayer_label, summary, write_results  # noqa: E402
 
 TITLES = {"relevant_share": "Questions about a fact that matters, each fact once (share)",
           "coverage": "Facts that matter and were told, of those possible (share)",
@@ -98,7 +98,8 @@ def main():
     tasks, personas = read_tasks(args.tasks), read_personas(args.personas)
     conversations = [row for row in read_conversations(args.conversations, tasks, personas)
                      if tasks[row["task_id"]]["split"] == args.split and not row.get("refused")]
-    responses = list(read_responses(args.responses)) if args.responses else []
+    responses = [row for row in read_rows(args.responses, SAMPLE, {"turns": int, "response": str})
+                 if not row.get("refused")] if args.responses else []
     if not set(map(key_of, responses)) <= set(map(key_of, conversations)):
         fail(f"{args.responses}: answers conversations that are not in {args.conversations}. Give the file behind it.")
     rows, roleplayer = [], roleplayer_label(args.conversations, args.roleplayer)
