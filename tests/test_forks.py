@@ -61,7 +61,6 @@ def test_run_sh_runs_a_fork_in_a_copy_and_an_older_copy_is_refused(tmp_path):
 
 @pytest.mark.filterwarnings("ignore::FutureWarning")            # peft's
 def test_lora_saves_the_base_plus_a_product_of_thin_matrices(fork, run, world, tiny):
-    pytest.importorskip("peft", reason="pip install -r forks/requirements.txt")
     run(*fork("lora", "train"), *world.command("train", tiny), "--rank", 1, "--lr", 0.1)
     base, saved = (common.load_model(path, "float32") for path in (tiny, world.path("out")))
     for (name, before), after in zip(base.named_parameters(), saved.parameters()):
