@@ -777,7 +777,7 @@ natural, fraction, amount, nucleus = number(int, 1), number(float, 0, 1), number
 
 def json_object(text):
     """An argparse type: {"name": value, ...}. Settings are stored: no place for a key or a password."""
-    if re.search('api.?key|"((access|auth|bearer|hf).?)?token"|authorization|secret|password', text, re.IGNORECASE):
+    if re.search(r'api.?key|(?<!os_)token"\s*:\s*"|authorization|secret|passw|credential|private.?key', text, re.I):
         raise argparse.ArgumentTypeError("keys belong in OPENAI_API_KEY, or SERVER_API_KEY for a server by URL")
     return {**json.loads(text)}
 

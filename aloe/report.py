@@ -43,7 +43,9 @@ def read_evaluations(run, split):
             ("conversations", {"persona_id": str}, {"profile": str, "personality": str, "rounds": list}),
             ("scores", {"persona_id": str, "round": int}, {"score": int}))}
         e.talks, e.scores = {row["persona_id"]: row for row in rows["conversations"]}, by_person(rows["scores"])
-        e.settings = read_settings(f"{e.folder}/scores.jsonl")
+        e.settings, K = read_settings(f"{e.folder}/scores.jsonl"), len(al["by_round"])
+        if any(len(of) != K or len(e.talks.get(who, {}).get("rounds", ())) != K for who, of in e.scores.items()):
+            fail(f"{e.folder}: its files do not fit {run}/results.jsonl. Start aloe/evaluate.py again.")
         e.missing = {what: (sum(bool(row.get("refused")) for row in of), len(of)) for what, of in rows.items()}
         found.append(e)
     return found or fail(f"{run}/results.jsonl: no results on split {split}. aloe/evaluate.py writes them.")
@@ -52,12 +54,15 @@ def read_evaluations(run, split):
 def check_seeds(names, runs):
     """Ends the program where runs differ in more than their seeds: a mean over two worlds or bases means nothing."""
     made = [defaultdict(set) for _ in runs]                     # {setting: its values}, of the bases
-    for settings, evaluations in zip(made, runs):
-        for name, value in (item for e in evaluations if e.variant == "base" for item in e.settings.items()):
-            settings[name].add(str(value))
-    compared = set().union(*made) - {"seed", "personas", "conversations"}
+    for folder, settings, evaluations in zip(names, made, runs):
+        for e in evaluations:
+            training = read_settings(f"{folder}/{e.variant}/model")
+            of = {**e.settings, **training, **(dict(model=0, base=0) if training else {})}         # differ by seed
+            for name in of.keys() - {"seed", "personas", "conversations"}:
+                settings[f"{e.variant}'s {name}"].add(str(of[name]))
+    compared = set().union(*made)
     if differ := sorted(name for name in compared if any(settings[name] != made[0][name] for settings in made)):
-        fail(f"{' and '.join(names)} are not seeds of one run: base/ differs in {', '.join(differ)}. "
+        fail(f"{' and '.join(names)} are not seeds of one run: they differ in {', '.join(differ)}. "
              "Report them one by one.")
 
 
@@ -73,7 +78,8 @@ def difference(one, other):
     who = sorted(one.scores.keys() & other.scores.keys())
     a, b = (np.array([of.scores[key] for key in who]) for of in (one, other))                           # (N, K)
     (ours, theirs), bounds = [improvement(np.nanmean(of, 0)) for of in (a, b)], bootstrap(a, 0, b)
-    return {name: (ours[name] - theirs[name], bounds.get(name)) for name in ("AL", "IR")}, len(who)
+    return {name: (None if np.isnan(ours[name]) else ours[name] - theirs[name], bounds.get(name))      # IR of one round
+            for name in ("AL", "IR")}, len(who)
 
 
 def headline(e, base):
@@ -128,7 +134,7 @@ def over_seeds(runs):
     for evaluations in runs:
         of = {(e.name, metric): row["mean"] for e in evaluations for metric, row in e.results.items()}
         of |= {(f"{one.variant} - {other.name}", metric): of[one.name, metric] - of[other.name, metric]
-               for one, other in contrasts(evaluations) for metric in ("AL", "IR")}
+               for one, other in contrasts(evaluations) for metric in ("AL", "IR") if of[one.name, metric] is not None}
         for what, mean in of.items():
             values[what].append(mean)
     for model in dict.fromkeys(model for model, _ in values):
@@ -178,8 +184,8 @@ def main():
     last = [name for name in PAPER if name in {e.variant for e, _ in trained}][-1:]         # none of MODELS alone
     heads = [pair for pair in trained if not last or pair[0].variant in last]
     e = heads[0][0] if heads else ours[0]
-    tables = [as_table(table, ours), as_table(intervals, ours), *([as_table(over_seeds, runs)] * (len(runs) > 1)),
-              as_table(who_what_when, {
+    tables = [as_table(table, ours), as_table(intervals, ours),
+              *([as_table(over_seeds, runs)] if len(runs) > 1 else ()), as_table(who_what_when, {
                   "": {"users": e.n, **e.settings}, "training": read_settings(f"{run}/{e.variant}/model"),
                   "pairs": read_settings(f"{run}/conversations.jsonl")})]
     write_page("aloe/index.html.jinja", run, args.split, ours, pictures_of(ours), tables[2:-1] or tables[:2], {

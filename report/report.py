@@ -60,8 +60,8 @@ def read_evaluations(folder, split, tasks, personas):
     for path, s in settings.items():
         if s["conversations"] not in files:
             fail(f"{path}: made from {s['conversations']}, which is not in {folder}. Evaluate again.")
-        rows = {name: list(read_rows(path / f"{name}.jsonl", key, fields)) if (path / f"{name}.jsonl").exists() else []
-                for name, key, fields in (
+        rows = {name: list(read_rows(path / f"{name}.jsonl", key, fields))
+                if read_settings(path / f"{name}.jsonl") else [] for name, key, fields in (
                     ("log_probs", {**SAMPLE, "condition": str}, {"log_prob": float | int | None}),
                     ("responses", SAMPLE, {"turns": int, "response": str}),
                     ("verdicts", {**PAIR, "order": str}, {"turns": int, "verdict": str | None, "raw": str}))}
@@ -82,7 +82,7 @@ def read_evaluations(folder, split, tasks, personas):
         e.cut = sum(bool(row.get("cut")) for row in rows["conversations"])
         found.append(e)
     found.sort(key=lambda e: (e.user != user, e.user, e.t > 0, e.variant != "main", e.variant, e.t))
-    nobody = SimpleNamespace(golds={}, responses={}, log_probs=defaultdict(dict), talks={})
+    nobody = SimpleNamespace(name="Q_BASE", golds={}, responses={}, log_probs=defaultdict(dict), talks={})
     for e in found:                                             # nobody: Q_BASE has not met this user
         e.base = next((other for other in found if other.t == 0 and other.user == e.user), nobody)
     return found
@@ -402,8 +402,9 @@ def main():
     places = Path(run, "tasks.jsonl"), HERE.parent / "data/tasks.jsonl"
     tasks = read_tasks(args.tasks or next(filter(Path.exists, places)))
     personas = read_personas(args.personas or f"{run}/personas.jsonl")
-    gold = read_gold(gold_path := args.gold or f"{run}/gold-{args.split}.jsonl")
     evaluations = read_evaluations(run, args.split, tasks, personas)
+    gold = read_gold(gold_path := args.gold or f"{run}/gold-{args.split}.jsonl",
+                     {pair for e in evaluations for pair in golds(e)})
     # Second judges' verdicts stand beside the first's, and conversations that were cut have a table of their own.
     second = {a.name: [b for b in evaluations[i + 1:] if a.verdicts and b.verdicts and a.responses == b.responses
                        and a.settings["judge"] != b.settings["judge"]] for i, a in enumerate(evaluations)}

@@ -31,7 +31,7 @@ QUESTIONS = {   # name: (what is varied, {value: (its runs, t)})
     "calls": ("n, 1,120 conversations", {2: ("calls-2-*", 1), 5: ("n-5-*", 1), 10: ("pairs-112-*", 1),
                                          20: ("calls-20-*", 1)}),
     "pairs": ("training pairs", {n: ("main-100" if n == 224 else f"pairs-{n}-*", 1) for n in (28, 56, 112, 224, 448)}),
-    "oracle": ("share of facts replaced", {share: (f"oracle-{share}-*" if share else "main-100", 1)
+    "oracle": ("share of sentences that are another user's", {share: (f"oracle-{share}-*" if share else "main-100", 1)
                                            for share in (0, 0.1, 0.3, 1)}),
 }
 METRICS = {"win rate": ("win_rate", ""), "gain": ("gold_log_prob_gain", "q_experimental"), "coverage": ("coverage", "")}
@@ -51,7 +51,7 @@ def best_of(values, n):
 def questions(path):
     """The conversations of a file as lists of questions."""
     return [[turn["content"] for turn in row["conversation"][::2]] for row in read_rows(
-        path, SAMPLE, {"conversation": list})]
+        path, SAMPLE, {"conversation": list}) if not row.get("refused")]
 
 
 def measure(folder, t):
@@ -86,7 +86,7 @@ def over_seeds(measured):
             mean, sd = statistics.mean(values), statistics.stdev(values)
             found[name] = (mean, mean - sd, mean + sd, f"{cell(mean, share=share)} ± {cell(sd, share=share)}")
         elif values:
-            interval = measured[0][name][1]
+            interval = next(of[name][1] for of in measured if of[name][0] is not None)
             found[name] = (values[0], *(interval or 2 * values), cell(values[0], interval, share=share))
     return found
 
@@ -98,7 +98,7 @@ def draw(path, axis, points):
     figure, panels = pyplot.subplots(1, 2, figsize=(6.5, 2.4), layout="constrained")
     for ax, name, (colour, marker, _), middle in zip(panels, ("gain", "win rate"), STYLES[1:], (0, 0.5)):
         there = [(i, *of[name][:3]) for i, of in enumerate(points.values()) if name in of]
-        i, mean, low, high = zip(*there)
+        i, mean, low, high = zip(*there) if there else fail(f"{path}: no {name} is there. Run report/sweep.sh again.")
         ax.errorbar(i, mean, ([m - y for m, y in zip(mean, low)], [y - m for m, y in zip(mean, high)]), color=colour,
                     marker=marker, capsize=3, linestyle="" if axis == "seed" else "-")
         ax.axhline(middle, color="#767676", linewidth=1, zorder=0)

@@ -3,7 +3,8 @@
 #   bash report/sweep.sh              all of them, one after another: two hours of one core
 #   bash report/sweep.sh main k       two questions; all need main
 # A run is in runs/sweep/QUESTION-VALUE-SEED. What it shares with main of its seed is copied: personas, golds, Q_BASE's
-# test. Its log has the output, seconds the processor time of the rest. What was interrupted goes on where it stopped.
+# test. Its log has the output, seconds the processor time of the rest. What was interrupted goes on where it stopped
+# (its time until then is not counted).
 set -eo pipefail
 cd "$(dirname "$0")/.."
 export VARIANTS=main TIMEFORMAT='%U %S' ITERATIONS=1 SEED
@@ -12,16 +13,17 @@ run() {         # NAME VARIABLE=VALUE ...: run.sh with one setting changed. SAME
     [ ! -e "$there/seconds" ] || return 0
     echo "$there"
     if [ ! -d "$there" -a "$1" != main ]; then
-        [ -d "$main/base" ] || { echo "report/sweep.sh: $main is not there: bash report/sweep.sh main" >&2; exit 2; }
+        [ -e "$main/base/scores-gold.jsonl" ] || {
+            echo "report/sweep.sh: $main is not there: bash report/sweep.sh main" >&2; exit 2; }
         rm -rf "$there.new" && mkdir -p "$there.new/base"
         cp -r "$main"/{personas,gold}* "$there.new"
         (cd "$main/base" && cp -r test* $SAME "$OLDPWD/$there.new/base")
         mv "$there.new" "$there"
     fi
     mkdir -p "$there"
-    { time env RUN="$there" "${@:2}" bash run.sh &>> "$there/log"; } 2>> "$there/time" || {
+    { time env RUN="$there" "${@:2}" bash run.sh >> "$there/log" 2>&1; } 2>> "$there/time" || {
         echo "report/sweep.sh: $there/log says why it ended" >&2; exit 1; }
-    mv "$there/time" "$there/seconds"                           # user and system; a line for each start
+    mv "$there/time" "$there/seconds"                           # user and system, without the server's
 }
 for question in ${*:-main seeds k n calls pairs oracle}; do
     SEED=100 SAME=''

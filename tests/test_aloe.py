@@ -529,7 +529,12 @@ def test_differences_are_of_the_same_users_and_seeds_are_of_one_base(run, tmp_pa
         assert words in page, words
     assert "<b>1" not in page and "3.500 ± 0.707" in out
     _, err = run(report, tmp_path / "run", tmp_path / "smoke", status=2)
-    assert "smoke are not seeds of one run: base/ differs in rounds." in err
+    assert "smoke are not seeds of one run: they differ in base's rounds." in err
+    for name, lr in (("run", 1), ("other", 2)):
+        (tmp_path / f"{name}/sft/model.settings.json").write_text(json.dumps({"lr": lr, "seed": lr, "base": name}))
+    assert "they differ in sft's lr." in run(report, tmp_path / "run", tmp_path / "other", status=2)[1]
+    (tmp_path / "run/sft/test-T0/scores.jsonl").write_text("")
+    assert "its files do not fit" in run(report, tmp_path / "run", status=2)[1]
 
 
 def test_the_headlines_words_follow_the_intervals():
@@ -541,3 +546,7 @@ def test_the_headlines_words_follow_the_intervals():
         assert f"finds its replies {words} tailored to the user than base's" in report.headline(model("sft", level), base)
     base.scores = {0: np.array([3.0, 3.0])}
     assert "nothing is shown" in report.headline(model("sft", 4), base)
+    first_rounds = model("sft", 4), Namespace(variant="base", scores=base.scores)
+    for one in first_rounds:
+        one.scores = {i: np.array([3.0]) for i in range(20)}
+    assert "a difference in IR of -." in report.headline(*first_rounds)

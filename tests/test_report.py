@@ -363,6 +363,8 @@ def test_what_is_drawn_is_what_was_measured(folder):
     (lambda run: (run / "results.jsonl").unlink(), "no results on split test"),
     (lambda run: [path.unlink() for path in run.rglob("test.jsonl")], "which is not in"),
     (lambda run: [path.unlink() for path in run.rglob("*.settings.json")], "no evaluation of split test"),
+    (lambda run: [path.unlink() for path in run.rglob("verdicts.jsonl")], "verdicts.jsonl: No such file"),
+    (lambda run: (run / "gold-test.jsonl").write_text(""), "no gold response for"),
     (lambda run: (run / "tasks.jsonl").write_text("{}\n"), "tasks.jsonl, line 1"),
     (lambda run: (run / "personas.jsonl").unlink(), "personas.jsonl")])
 def test_what_is_missing_is_said_in_one_line(folder, run, spoil, says):

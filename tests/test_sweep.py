@@ -22,7 +22,8 @@ def test_a_run_changes_one_setting_keeps_what_is_the_same_and_is_made_once(tmp_p
     (tmp_path / "report").mkdir()
     for name in ("run.sh", "settings", "toy", "report/sweep.sh"):
         (tmp_path / name).symlink_to(ROOT / name)
-    for name in ("personas.jsonl", *(f"base/{name}.jsonl" for name in ("test", "conversations", "scores", "selected"))):
+    for name in ("personas.jsonl", "base/test.jsonl", "base/conversations.jsonl", "base/scores-gold.jsonl",
+                 "base/selected.jsonl"):
         file = tmp_path / "runs/sweep/main-100" / name
         file.parent.mkdir(parents=True, exist_ok=True)
         file.touch()
@@ -42,7 +43,7 @@ def test_a_run_changes_one_setting_keeps_what_is_the_same_and_is_made_once(tmp_p
     assert "--samples 10 " in logs["k-3"] and re.search(r"select.py .* --k 3 ", logs["k-3"])
     assert " --gold runs/sweep/wrong-0.3.jsonl " in logs["oracle-0.3"]
     copied = [{path.name for path in (tmp_path / f"runs/sweep/{name}-100/base").iterdir()} for name in logs]
-    assert copied == [{"test.jsonl"}, {"test.jsonl", "conversations.jsonl", "scores.jsonl"},
+    assert copied == [{"test.jsonl"}, {"test.jsonl", "conversations.jsonl", "scores-gold.jsonl"},
                       {"test.jsonl", "conversations.jsonl"}]
 
 
