@@ -43,8 +43,9 @@ def read_evaluations(run, split):
             ("conversations", {"persona_id": str}, {"profile": str, "personality": str, "rounds": list}),
             ("scores", {"persona_id": str, "round": int}, {"score": int}))}
         e.talks, e.scores = {row["persona_id"]: row for row in rows["conversations"]}, by_person(rows["scores"])
-        e.settings, K = read_settings(f"{e.folder}/scores.jsonl"), len(al["by_round"])
-        if any(len(of) != K or len(e.talks.get(who, {}).get("rounds", ())) != K for who, of in e.scores.items()):
+        e.settings = read_settings(f"{e.folder}/scores.jsonl")
+        rounds = {n for who, of in e.scores.items() for n in (len(of), len(e.talks.get(who, {}).get("rounds", ())))}
+        if rounds != {len(al["by_round"])}:
             fail(f"{e.folder}: its files do not fit {run}/results.jsonl. Start aloe/evaluate.py again.")
         e.missing = {what: (sum(bool(row.get("refused")) for row in of), len(of)) for what, of in rows.items()}
         found.append(e)
