@@ -205,9 +205,9 @@ def take_output(output, settings):
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         fail(f"{output}: another run is writing it. Wait for that, or give another --output.")
-    old = read_settings(output)
+    old = {**{name: value for name, value in settings.items() if not value}, **read_settings(output)}    # absent: empty
     differ = [f"{name}: {str(old.get(name))[:60]!r} there, {str(settings.get(name))[:60]!r} now"
-              for name in sorted({**old, **settings}) if (old.get(name) or None) != (settings.get(name) or None)]
+              for name in sorted({**old, **settings}) if old.get(name) != settings.get(name)]
     if there and differ:
         fail(f"{output}: made with other settings: {'; '.join(differ)}. {remove}")
     if not there:

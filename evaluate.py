@@ -318,7 +318,7 @@ def main():
     # 3. Verdicts: a judge who sees the persona compares them with Q_BASE's.
     if args.judge:
         ours = {key[:2]: responses[key]["response"] for key in keys if not responses[key].get("refused")}
-        theirs = read_rows(f"{args.baseline}/responses.jsonl", SAMPLE, {"response": str})
+        theirs = read_rows(f"{args.baseline}/responses.jsonl", SAMPLE, {"turns": int, "response": str})
         base = {pair_of(row): row["response"] for row in theirs if not row.get("refused")}
         orders = {pair: ORDERS if args.both_orders else [order] for pair, order in pairs.items()
                   if pair in ours and pair in base}

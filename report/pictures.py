@@ -7,6 +7,7 @@ import matplotlib
 matplotlib.use("Agg")                                           # draws into files, without a screen
 from matplotlib import pyplot  # noqa: E402
 
+pyplot.rcParams.update({"svg.hashsalt": "", "axes.spines.top": False, "axes.spines.right": False})
 STYLES = list(zip("#000000 #D55E00 #0072B2 #008F68 #B5568B #8A6100 #5E4FA2".split(), "osD^vPX",
                   ("-", "--", "-.", ":", "-", "--", "-.")))
 
@@ -29,7 +30,6 @@ def panel(axes, lines, styles, tick):
 def draw(folder, pictures):
     """{name: (title, middle, a tick, {panel: {line: [(t, mean, low, high)]}})}: writes FOLDER/NAME.svg of each that
     has a line; returns {name: what is seen, in words}. tick: "t={}"; that of t = 0 is "Q_BASE"."""
-    pyplot.rcParams.update({"svg.hashsalt": "", "axes.spines.top": False, "axes.spines.right": False})
     seen = {}
     for name, (title, middle, tick, panels) in pictures.items():
         panels = {what: {line: of for line, of in lines.items() if len(of) > 1 or "control" in line and of}

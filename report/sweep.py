@@ -16,6 +16,7 @@ import math
 import statistics
 import sys
 from collections import Counter, defaultdict
+from functools import lru_cache
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the stages; first, since PyPI has an "evaluate", too
@@ -31,8 +32,8 @@ QUESTIONS = {   # name: (what is varied, {value: (its runs, t)})
     "calls": ("n, 1,120 conversations", {2: ("calls-2-*", 1), 5: ("n-5-*", 1), 10: ("pairs-112-*", 1),
                                          20: ("calls-20-*", 1)}),
     "pairs": ("training pairs", {n: ("main-100" if n == 224 else f"pairs-{n}-*", 1) for n in (28, 56, 112, 224, 448)}),
-    "oracle": ("share of sentences that are another user's", {share: (f"oracle-{share}-*" if share else "main-100", 1)
-                                           for share in (0, 0.1, 0.3, 1)}),
+    "oracle": ("share of sentences that are another user's", {
+        share: (f"oracle-{share}-*" if share else "main-100", 1) for share in (0, 0.1, 0.3, 1)}),
 }
 METRICS = {"win rate": ("win_rate", ""), "gain": ("gold_log_prob_gain", "q_experimental"), "coverage": ("coverage", "")}
 
@@ -54,6 +55,7 @@ def questions(path):
         path, SAMPLE, {"conversation": list}) if not row.get("refused")]
 
 
+@lru_cache                          # most questions show main's
 def measure(folder, t):
     """{column: (value, interval or None)} of one run's model t."""
     results = {(row["metric"], row["condition"]): (row["mean"], row["interval_95"]) for row in read_results(
@@ -81,12 +83,13 @@ def over_seeds(measured):
     """[{column: (value, interval)} of a seed, ...] -> {column: (mean, low, high, text)}"""
     found = {}
     for name in measured[0]:
-        values, share = [of[name][0] for of in measured if of[name][0] is not None], name == "win rate"
+        of, share = [of[name] for of in measured if of[name][0] is not None], name == "win rate"
+        values = [value for value, _ in of]
         if len(values) > 1:
             mean, sd = statistics.mean(values), statistics.stdev(values)
             found[name] = (mean, mean - sd, mean + sd, f"{cell(mean, share=share)} ± {cell(sd, share=share)}")
         elif values:
-            interval = next(of[name][1] for of in measured if of[name][0] is not None)
+            interval = of[0][1]
             found[name] = (values[0], *(interval or 2 * values), cell(values[0], interval, share=share))
     return found
 
@@ -94,7 +97,6 @@ def over_seeds(measured):
 def draw(path, axis, points):
     """{value: {column: (mean, low, high, text)}} as two panels: the gain and the win rate."""
     from report.pictures import STYLES, pyplot
-    pyplot.rcParams.update({"svg.hashsalt": "", "axes.spines.top": False, "axes.spines.right": False})
     figure, panels = pyplot.subplots(1, 2, figsize=(6.5, 2.4), layout="constrained")
     for ax, name, (colour, marker, _), middle in zip(panels, ("gain", "win rate"), STYLES[1:], (0, 0.5)):
         there = [(i, *of[name][:3]) for i, of in enumerate(points.values()) if name in of]

@@ -384,7 +384,8 @@ def test_from_conversations_to_the_table(run, world, server, tiny, monkeypatch):
     assert (al["n"], al["roleplayer"], al["condition"]) == (6, "user", "T=1")
     del server.requests[:]                                      # a second judge comes later: no more is asked
     for cases, n, readable in ((2, 4, 2), (6, 11, 9)):          # of one of six people it makes nothing
-        out, _ = run(evaluate, *evaluate_flags(world, server, world / "dpo"), "--variant", "dpo", "--output", world / "e_dpo",
+        out, _ = run(
+            evaluate, *evaluate_flags(world, server, world / "dpo"), "--variant", "dpo", "--output", world / "e_dpo",
             "--second-judge", f"openai:second@{server.url}", "--second-cases", cases)
         found = {row["metric"]: row for row in read_lines(world / "r.jsonl") if row["variant"] == "dpo"}
         assert n == len(server.requests) and f"; {n - readable} unreadable\n" in out
