@@ -11,7 +11,7 @@ from trl import SFTConfig, SFTTrainer
 
 import simulate
 import train
-from common import LocalModel, Reply, Request, load_tokenizer, prompt_ids, read_tasks, scored_ids
+from common import LocalModel, Reply, Request, read_tasks, scored_ids
 from conftest import ROOT, World, read_lines
 from test_models import alone, answers, local, scores, shapes_computed
 from test_train import TALK, selected, train_flags
@@ -68,15 +68,6 @@ def test_greedy_texts_of_a_batch_are_those_of_generate_row_by_row():
         assert reply == Reply(text, cut=bool(said[-1] != tokenizer.eos_token_id))
     assert {reply.cut for reply in replies} == {True, False} and len({*replies}) == 5
     assert seen[0][0] == 3 and seen[1][0] == 5, "three openings, five rows"
-
-
-def test_the_system_prompt_of_the_template_is_there_once_in_scoring_training_and_generation():
-    tokenizer = load_tokenizer(BASE)
-    for chat in chats():
-        (scored, n), prompt = scored_ids(tokenizer, chat), prompt_ids(tokenizer, chat[:-1])
-        (trained, _), = train.training_examples(tokenizer, chat)
-        assert scored[:-n] == prompt and trained[:len(scored)] == scored
-        assert tokenizer.decode(trained).count("system\nYou are a helpful AI assistant named SmolLM") == 1
 
 
 @pytest.fixture(scope="module")

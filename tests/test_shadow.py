@@ -15,10 +15,6 @@ def python(*args, **more):
     return done.stdout
 
 
-def test_importing_from_this_folder():
-    python("-c", f"import selectors, subprocess, asyncio; {REAL}")
-
-
 def test_the_folder_may_be_given_in_other_ways(tmp_path):
     """On PYTHONPATH, through symbolic links to the folder and to the file, and beside another clone."""
     (tmp_path / "link").symlink_to(ROOT)
