@@ -1,16 +1,9 @@
 """The embedded world: its rules, its server, its measures, and the base that is shipped."""
-import json
 import random
 import re
-import subprocess
 import sys
-import threading
-import time
-import urllib.error
-import urllib.request
 from collections import Counter
 
-import openai
 import pytest
 
 import common
@@ -68,10 +61,6 @@ def test_splits_share_no_task_no_object_no_wording():
         assert {world.read_task(task)[1] for task in tasks[:14]} == set(world.TOPICS)
 
 
-def judge_prompt(persona_text, task, a, b):
-    return PROMPTS["judge_user"].format(persona=persona_text, task=task, response_a=a, response_b=b)
-
-
 def ask(model, system, user, seed=0, folded=False):
     messages = [{"role": "system", "content": system}, {"role": "user", "content": user}]
     if folded:
@@ -99,8 +88,8 @@ def test_judge_agrees_with_a_brute_force_count_and_is_symmetrical():
                     elif value in words:
                         score -= 1
             count.append(score)
-        verdicts = [ask("judge", PROMPTS["judge_system"], judge_prompt(text, task, *pair))[-1],
-                    ask("judge", PROMPTS["judge_system"], judge_prompt(text, task, *pair[::-1]))[-1]]
+        verdicts = [ask("judge", PROMPTS["judge_system"], PROMPTS["judge_user"].format(
+            persona=text, task=task, response_a=a, response_b=b))[-1] for a, b in (pair, pair[::-1])]
         if count[0] == count[1]:
             ties[verdicts[0]] += 1
         else:
@@ -109,51 +98,25 @@ def test_judge_agrees_with_a_brute_force_count_and_is_symmetrical():
     assert world.judge_score("What is your pet?", persona, task) == world.judge_score("Good luck!", persona, task) == 0
 
 
-@pytest.fixture(scope="module")
-def url():
-    running = server.Server(("127.0.0.1", 0), server.Handler)
-    threading.Thread(target=running.serve_forever, daemon=True).start()
-    yield f"http://127.0.0.1:{running.server_port}"
-    running.shutdown()
-
-
-def post(url, request):
-    """-> (status, parsed answer)"""
-    body = request if isinstance(request, bytes) else json.dumps(request).encode()
-    try:
-        with urllib.request.urlopen(urllib.request.Request(f"{url}/v1/chat/completions", body)) as answer:
-            return answer.status, json.load(answer)
-    except urllib.error.HTTPError as error:
-        return error.code, json.load(error)
-
-
-def chat(system, user):
-    return [{"role": "system", "content": system}, {"role": "user", "content": user}]
-
-
 def test_server_is_deterministic_for_a_seed_and_varies_between_seeds():
     asked = PROMPTS["persona_system"], PROMPTS["persona_user"] + "\n\nI'm A. One.\n\nI'm B. Two."
     drawn = [ask("persona-writer", *asked, seed) for seed in range(20)]
     assert len(set(drawn)) == 20 and drawn == [ask("persona-writer", *asked, seed, folded=True) for seed in range(20)]
 
 
-def test_server_refuses_everything_else(url):
+def test_server_refuses_everything_else():
     persona, task = world.persona_text(world.draw_persona(random.Random(0)), random.Random(0)), "Sort out a bold trip."
     system, user = PROMPTS["gold_system"], PROMPTS["gold_user"].format(persona=persona, task=task)
-    good = {"model": "oracle", "messages": chat(system, user)}
-    assert post(url, good)[0] == 200
-    for bad, reason in [
-            ({**good, "model": "judge"}, "does not play this role"),
-            ({**good, "model": None}, "does not play this role"),
-            ({**good, "n": 2}, "n = 1"),
-            ({**good, "messages": chat("You are kind.", user)}, "no role"),
-            ({**good, "messages": chat(system, user.replace("concise", "short"))}, "not the prompt"),
-            ({**good, "messages": chat(system, user.replace(task, "What is love?"))}, "no task of this world"),
-            ({**good, "messages": chat(system, user.replace(persona, "A cat."))}, "no persona of this world"),
-            ({"model": "oracle"}, "messages"), (b"{", "")]:
-        status, answer = post(url, bad)
-        assert status == 400 and answer["error"]["type"] == "invalid_request_error", bad
-        assert reason in answer["error"]["message"]
+    assert ask("oracle", system, user)
+    for model, system, user, reason in [
+            ("judge", system, user, "does not play this role"), ("oracle", "You are kind.", user, "no role"),
+            ("oracle", system, user.replace("concise", "short"), "not the prompt"),
+            ("oracle", system, user.replace(task, "What is love?"), "no task of this world"),
+            ("oracle", system, user.replace(persona, "A cat."), "no persona of this world")]:
+        with pytest.raises(server.Refused, match=reason):
+            ask(model, system, user)
+    with pytest.raises(server.Refused, match="messages"):
+        server.reply({"model": "oracle"})
 
 
 def answers(manner, history, persona, seeds):
@@ -281,30 +244,28 @@ def results_of(*changed, half=0.07):
     return rows
 
 
-def failing(*changed, **more):
-    return [i for i, (_, holds, _) in enumerate(check.findings(results_of(*changed, **more))) if not holds]
+def failing(rows):
+    return [i for i, (_, holds, _) in enumerate(check.findings(rows)) if not holds]
 
 
-@pytest.mark.parametrize("finding, changed", [
-    (0, "main 2 gold_log_prob_gain q_experimental = 0.29"), (1, "main 2 relevant_share = 0.59"),        # .29 < 3 x .1
-    (2, "main 1 gold_log_prob q_random = -10.9"), (2, "main 0 gold_log_prob positive_control = -9.5"),
-    (4, "no_reg 1 question_share = 0.5"), (4, "no_reg 2 win_rate = 0.35"), (5, "gold 1 invented_facts = 0.1"),
-    (5, "gold 2 win_rate = 0.7"), (6, "random 2 relevant_share = 0.51"),
-    (7, "permuted 2 gold_log_prob_gain q_random = -0.51"), (8, "main 2 gold_log_prob q_random = -21.5"),
-    (9, "no_reg 1 gold_log_prob q_experimental = -10.9"), (10, "gold 2 gold_log_prob q_experimental = -9.1"),
-    (11, "gold 2 win_rate = 0.5"), (12, "base_answers 2 win_rate = 0.6")])
-def test_each_finding_fails_when_its_figures_do(finding, changed):
-    # Without main's gain there is nothing to compare the controls (6, 7) with; a gold that wins as main does wins (11).
-    also = {0: [6, 7], 1: [6, 7], 5: [11] if "win_rate" in changed else []}.get(finding, [])
-    assert failing(changed) == [finding, *also]
-
-
-def test_findings_by_several_figures():
-    assert failing() == [] and len(check.findings(results_of())) == 13
-    assert failing(half=0.21) == failing("main 2 win_rate = 0.59", "main 1 win_rate = 0.599") == [3]    # .7 - .21 < .5
-    assert failing("main 1 win_rate = 0.71", "main 2 win_rate = 0.55") == [], "the best t counts"
-    worse = [f"{variant} 2 relevant_share = 0.2" for variant in ("random", "permuted")]
-    assert failing("main 2 relevant_share = 0.38", *worse) == [1, 6, 7], "controls that did worse prove nothing"
+@pytest.mark.parametrize("fails, changed", [
+    ([0, 6, 7], ["main 2 gold_log_prob_gain q_experimental = 0.29"]),           # .29 < 3 x .1; and without main's gain
+    ([1, 6, 7], ["main 2 relevant_share = 0.59"]),                              # there is nothing to compare 6, 7 with
+    ([1, 6, 7], ["main 2 relevant_share = 0.38", *(                             # controls that did worse prove nothing
+        f"{control} 2 relevant_share = 0.2" for control in ("random", "permuted"))]),
+    ([2], ["main 1 gold_log_prob q_random = -10.9"]), ([2], ["main 0 gold_log_prob positive_control = -9.5"]),
+    ([3], ["main 2 win_rate = 0.59", "main 1 win_rate = 0.599"]),
+    ([], ["main 1 win_rate = 0.71", "main 2 win_rate = 0.55"]),                 # the best t counts
+    ([4], ["no_reg 1 question_share = 0.5"]), ([4], ["no_reg 2 win_rate = 0.35"]),
+    ([5], ["gold 1 invented_facts = 0.1"]), ([5, 11], ["gold 2 win_rate = 0.7"]),
+    ([6], ["random 2 relevant_share = 0.51"]), ([7], ["permuted 2 gold_log_prob_gain q_random = -0.51"]),
+    ([8], ["main 2 gold_log_prob q_random = -21.5"]), ([9], ["no_reg 1 gold_log_prob q_experimental = -10.9"]),
+    ([10], ["gold 2 gold_log_prob q_experimental = -9.1"]), ([11], ["gold 2 win_rate = 0.5"]),
+    ([12], ["base_answers 2 win_rate = 0.6"])])
+def test_each_finding_fails_when_its_figures_do(fails, changed):
+    assert failing(results_of()) == [] and len(check.findings(results_of())) == 13
+    assert failing(results_of(half=0.21)) == [3], ".7 - .21 < .5"
+    assert failing(results_of(*changed)) == fails
 
 
 def test_what_was_not_run_and_what_was_interrupted_is_left_out():
@@ -329,7 +290,6 @@ def test_two_runs_are_checked(tmp_path):
     out, _ = run_stage("toy/check.py", tmp_path / "1", tmp_path / "2", "--output", tmp_path / "check.txt")
     assert out.count("Does it hold in") == 2 and "NO " not in out
     assert out.strip() == (tmp_path / "check.txt").read_text().strip()
-    assert max(map(len, out.splitlines())) <= 100 + len(str(tmp_path))
     (tmp_path / "1/results.jsonl").write_text("")
     assert "no results of an iteration" in run_stage("toy/check.py", tmp_path / "1", status=2)[1]
 
@@ -341,15 +301,3 @@ def test_base_is_small_and_copies_and_answers():
     assert model.num_parameters() < 1_000_000 and model.config.model_type == "mistral"
     found = pretrain.abilities(model, tokenizer, ("copy_8", "answers"))
     assert len(found) == 3 and all(value >= pretrain.FLOORS[ability] for ability, value in found.items()), found
-
-
-@pytest.mark.parametrize("script", ["toy/server.py", "aloe/toy/server.py"])
-def test_a_server_starts_says_where_it_is_and_ends(script, tmp_path):
-    process = subprocess.Popen([sys.executable, ROOT / script, "--port", "0", "--port-file", tmp_path / "url"])
-    while not (tmp_path / "url").exists():
-        assert process.poll() is None, "it ended before it listened"
-        time.sleep(0.1)
-    client = openai.OpenAI(base_url=(tmp_path / "url").read_text().strip(), api_key="-", max_retries=0)
-    assert len(list(client.models.list())) > 1
-    process.terminate()
-    assert process.wait(timeout=10) == 0
