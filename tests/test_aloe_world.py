@@ -4,14 +4,14 @@ import json
 import random
 import subprocess
 import sys
-import threading
+import time
 
 import pytest
 from openai import OpenAI
 
 from aloe.toy import measure, pretrain, server, world
 from common import read_prompts
-from conftest import ROOT, read_lines, write_rows
+from conftest import ROOT, read_lines, run_stage, write_rows
 
 
 def people(count, seed=0):
@@ -70,10 +70,13 @@ def ask(model, prompt, *turns, seed=0, **fields):
     return server.reply({"model": model, "messages": chat, "seed": seed})
 
 
-def test_server_answers_the_papers_prompts_over_http():
-    running = server.Server(("127.0.0.1", 0), server.toy.Handler)
-    threading.Thread(target=running.serve_forever, daemon=True).start()
-    client = OpenAI(base_url=f"http://127.0.0.1:{running.server_port}/v1", api_key="none")
+def test_the_server_starts_answers_the_papers_prompts_and_ends(tmp_path):
+    process = subprocess.Popen([sys.executable, ROOT / "aloe/toy/server.py", "--port", "0", "--port-file",
+                                tmp_path / "url", "--end-with-parent"])
+    while not (tmp_path / "url").exists():
+        assert process.poll() is None, "it ended before it listened"
+        time.sleep(0.1)
+    client = OpenAI(base_url=(tmp_path / "url").read_text().strip(), api_key="none")
     chat = [{"role": "user", "content": filled("profiles", examples="A\nB\nC\nD\nE")}]
     first, second = (client.chat.completions.create(model="aloe-writer", messages=chat, seed=seed)
                      .choices[0].message.content for seed in (1, 2))
@@ -81,7 +84,8 @@ def test_server_answers_the_papers_prompts_over_http():
     assert len(lines) == len(set(lines)) == 20 and first != second
     assert len(traits) == 20 and len(set(traits)) > 15 and world.read_persona(lines[0], traits[0])
     assert [model.id for model in client.models.list()] == list(server.ROLES)
-    running.shutdown()
+    process.terminate()
+    assert process.wait(timeout=10) == 0
 
 
 def test_a_users_messages_do_not_depend_on_the_replies():
@@ -126,7 +130,6 @@ def test_server_judges_and_refuses_everything_else():
     turn = {"role": "assistant", "content": "Hiya."}
     for bad, reason in [
             ({**good, "model": "aloe"}, "no model"), ({**good, "model": "aloe-judge"}, "not the prompt"),
-            ({**good, "messages": []}, "end with the user"),
             ({**good, "messages": [*good["messages"], turn]}, "end with the user"),
             ({**good, "model": "aloe-judge", "messages": [*good["messages"], turn, *good["messages"]]}, "one message"),
             ({**good, "messages": [{**good["messages"][0], "content": prompt.replace("concise", "brief")}]},
@@ -145,14 +148,10 @@ def test_measure_by_hand(tmp_path):
              [("It is late.", "Dear friend, is it acting?"), ("Yo. My job is acting.", "cat, jazz")]]  # 1/3, one; 0
     rows = [{**person, "persona_id": f"p{i}", "rounds": [dict(zip(("user", "reply"), pair)) for pair in talk]}
             for i, talk in enumerate(talks)] + [{"persona_id": "p2", "refused": "reply, round 1: empty"}]
-    write_rows(tmp_path / "conversations.jsonl", rows)
-    command = [sys.executable, ROOT / "aloe/toy/measure.py", "--variant", "sft", "--conversations",
-               tmp_path / "conversations.jsonl", "--results", tmp_path / "results.jsonl"]
-    (tmp_path / "conversations.jsonl.settings.json").write_text(json.dumps(
-        {"temperature": 0.0, "split": "dev", "roleplayer": "openai:aloe-user"}))
-    for _ in range(2):
-        subprocess.run(command, check=True)
-    found = {row["metric"]: row for row in read_lines(tmp_path / "results.jsonl")}
+    write_rows(tmp_path / "c", rows)
+    write_rows(tmp_path / "c.settings.json", [{"temperature": 0.0, "split": "dev", "roleplayer": "openai:aloe-user"}])
+    run_stage("aloe/toy/measure.py", "--variant", "sft", "--conversations", tmp_path / "c", "--results", tmp_path / "r")
+    found = {row["metric"]: row for row in read_lines(tmp_path / "r")}
     expected = {"fitting_manners": (2 / 3, 1 / 6), "used_facts": (1, 0), "invented_facts": (0.5, 1.5),
                 "ceiling": (3.5, (2.5 + 4) / 2)}                # 1 + 3/2, + 1 for a fact, + 1/2 for a manner
     assert list(found) == sorted(expected)
