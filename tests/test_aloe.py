@@ -20,6 +20,7 @@ import common
 import train as loop
 from aloe import evaluate, generate_personas, report, simulate, train
 from conftest import END_OF_TURN, ROOT, TEMPLATES, make_model, make_tokenizer, read_lines, run_stage, write_rows
+from test_prompts import text
 
 # ------------------------------------------------------------ the metric
 
@@ -142,24 +143,19 @@ TALK = [{"role": "user", "content": "My hens {lay}."}, {"role": "assistant", "co
         {"role": "user", "content": "Yes."}]
 
 
-def filled(name, **fields):
-    prompt = (ROOT / f"prompts/aloe_{name}.txt").read_text()[:-1]
-    return re.sub(r"\{(\w+)\}", lambda field: fields[field[1]], prompt)
-
-
 def test_what_each_of_them_sees():
     def said(*texts):
         return [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(texts)]
-    role, before = filled("roleplay", **PERSON), json.dumps(TALK)
+    role, before = text("aloe_roleplay", **PERSON), json.dumps(TALK)
     assert simulate.roleplayer_chat(PERSON, []) == said(role)
     assert simulate.roleplayer_chat(PERSON, TALK[:2]) == said(role, "My hens {lay}.", "Good.")
-    assert simulate.inducer_chat(PERSON, TALK) == said(filled(
-        "induction", conversation="A: My hens {lay}.\nB: Good.\nA: Yes.", **PERSON))
-    hint = filled("hint", revealed="He has {two} hens.")
+    assert simulate.inducer_chat(PERSON, TALK) == said(text(
+        "aloe_induction", conversation="A: My hens {lay}.\nB: Good.\nA: Yes.", **PERSON))
+    hint = text("aloe_hint", revealed="He has {two} hens.")
     assert simulate.hinted(TALK, "He has {two} hens.") == [*TALK[:2], *said(f"Yes.\n{hint}")]
     assert json.dumps(TALK) == before
-    assert evaluate.judge_chat(PERSON, "Yes.", "{Good}.") == said(filled(
-        "judge", message="Yes.", response="{Good}.", **PERSON))
+    assert evaluate.judge_chat(PERSON, "Yes.", "{Good}.") == said(text(
+        "aloe_judge", message="Yes.", response="{Good}.", **PERSON))
     assert simulate.extracted("Profile: None\nPersonalities: None", PERSON) == (set(), set())
     assert simulate.extracted("Profile: He has two hens.", PERSON) == ({"has", "two", "hens"}, set())
     assert simulate.extracted("Profile: He has three cats.\nPersonalities: dry", PERSON)[1] == {"cats", "three"}
@@ -314,7 +310,6 @@ def test_users_and_prompts_of_ones_own(run, world, server):
                for r in server.requests)
     settings = common.read_settings(world / "c.jsonl")
     assert settings["roleplayer"] == ["openai:user1", "openai:user2"] and settings["aloe_hint"] == "(Hint: {revealed})"
-    assert evaluate.roleplayer_label(world / "c.jsonl", None) == "user1 + user2"
     _, err = run(evaluate, *evaluate_flags(world, server, None), *more, "--variant", "x", status=2)
     assert "aloe_judge.txt: KeyError('reply')" in err and err.count("\n") == 1
     write_rows(world / "p.jsonl", [{**PEOPLE[2], "personality": "None."}])

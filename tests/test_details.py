@@ -1,15 +1,13 @@
 """Tasks whose missing details are known: the rows made of them, the user by rule, the measures. Rows are invented."""
 import json
 import re
-import subprocess
-import sys
 from types import SimpleNamespace
 
 import pytest
 
 import common
 import simulate
-from conftest import ROOT, read_lines
+from conftest import ROOT, read_lines, run_stage, write_rows
 from people import measure, nearest
 
 DETAILS = [{"description": name, "importance": str(importance), "inquiry": f"{name}?", "options": options}
@@ -22,20 +20,10 @@ ROWS = [{"task": "Plan my garden.", "vague": True, "split": "A", "missing_detail
         {"task": "Plan.", "vague": True, "split": "A", "missing_details": DETAILS[3:]}]
 
 
-@pytest.fixture
-def made(tmp_path):
-    """made(rows, *flags) -> (the folder, what the script printed, its exit status)"""
-    def make(rows, *flags):
-        (tmp_path / "in3.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-        command = [sys.executable, ROOT / "data/in3.py", tmp_path / "in3.jsonl", "--output", tmp_path / "new", *flags]
-        done = subprocess.run(command, capture_output=True, text=True)
-        return tmp_path / "new", done.stdout + done.stderr, done.returncode
-    return make
-
-
-def test_rows(made):
-    folder, said, status = made(ROWS, "--users", "3")
-    assert status == 0 and "3 tasks, 7 users; left out: 1 vague tasks and 3 details without options" in said
+def test_rows(tmp_path):
+    folder = tmp_path / "new"
+    said, _ = run_stage("data/in3.py", write_rows(tmp_path / "in3.jsonl", ROWS), "--output", folder, "--users", 3)
+    assert "3 tasks, 7 users; left out: 1 vague tasks and 3 details without options" in said
     tasks, personas = common.read_tasks(folder / "tasks.jsonl"), common.read_personas(folder / "personas.jsonl")
     assert {task["task"]: task["split"] for task in tasks.values()} == {
         "Plan my garden.": "A", "Plan my trip.": "A", "What is 2 + 2?": "clear"}
@@ -50,15 +38,16 @@ def test_rows(made):
     assert colours == {"red", "blue", "white"}                  # users of a task differ
 
 
-@pytest.mark.parametrize("row, flags, why", [
-    ({"task": "A", "vague": True}, (), "line 2: KeyError: 'missing_details'. A line of IN3 has"),
-    ({"task": 3, "vague": False}, (), "line 2: AttributeError"),
-    ({**ROWS[0], "missing_details": [{**DETAILS[0], "importance": 4}]}, (), "line 2: ValueError"),
-    ({**ROWS[0], "missing_details": [{**DETAILS[0], "options": [5]}]}, (), "line 2: AttributeError"),
-    ({**ROWS[0], "split": None}, (), "line 2: no split. Give --split")])
-def test_bad_line(made, row, flags, why):
-    folder, said, status = made([ROWS[0], row], *flags)
-    assert status == 2 and why in said and said.count("\n") == 1 and not folder.exists()
+@pytest.mark.parametrize("row, why", [
+    ({"task": "A", "vague": True}, "KeyError: 'missing_details'. A line of IN3 has"),
+    ({"task": 3, "vague": False}, "AttributeError"),
+    ({**ROWS[0], "missing_details": [{**DETAILS[0], "importance": 4}]}, "ValueError"),
+    ({**ROWS[0], "missing_details": [{**DETAILS[0], "options": [5]}]}, "AttributeError"),
+    ({**ROWS[0], "split": None}, "no split. Give --split")])
+def test_bad_line(tmp_path, row, why):
+    file, folder = write_rows(tmp_path / "in3.jsonl", [ROWS[0], row]), tmp_path / "new"
+    out, err = run_stage("data/in3.py", file, "--output", folder, status=2)
+    assert f"line 2: {why}" in err and err.count("\n") == 1 and not out and not folder.exists()
 
 
 PERSONA = "Size of the garden: tiny\nBudget for plants: low"
@@ -113,7 +102,7 @@ def test_measures():
                                     "cut": 1 / 2, "asked_once": (1 / 2 + 0) / 2})
 
 
-def test_shipped_tasks(made):
+def test_shipped_tasks():
     rows = read_lines(ROOT / "data/details.jsonl")
     assert len({row["task"] for row in rows}) == 150
     for row in rows:

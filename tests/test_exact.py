@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import common
 import train
-from conftest import make_model, make_tokenizer, save_model
+from conftest import make_model, make_tokenizer
 from test_models import local, scores
 
 TRL_TEMPLATES = Path(find_spec("trl").origin).parent / "chat_templates"     # of the real models, word for word
@@ -34,19 +34,13 @@ def conversations(count, seed=0):
         yield train.example_chat("Ann", text(30), talk, text(120))
 
 
-@pytest.fixture(scope="module")
-def harness(tmp_path_factory):
-    """(our model, lm-evaluation-harness around the same weights)"""
-    from lm_eval.models.huggingface import HFLM
-    path = save_model(tmp_path_factory.mktemp("models") / "tiny")
-    return local(path, batch_size=4), HFLM(pretrained=AutoModelForCausalLM.from_pretrained(path), add_bos_token=False,
-                                           device="cpu", tokenizer=AutoTokenizer.from_pretrained(path), max_length=4096)
-
-
-def test_log_probabilities_are_those_of_lm_evaluation_harness_on_the_same_texts(harness):
+def test_log_probabilities_are_those_of_lm_evaluation_harness_on_the_same_texts(tiny):
     """Their tokens, too: context and continuation as strings, as the chat template renders them."""
     from lm_eval.api.instance import Instance
-    ours, theirs = harness
+    from lm_eval.models.huggingface import HFLM
+    ours, theirs = local(tiny, batch_size=4), HFLM(AutoModelForCausalLM.from_pretrained(tiny), device="cpu",
+                                                   tokenizer=AutoTokenizer.from_pretrained(tiny), max_length=4096,
+                                                   add_bos_token=False)
     chats = list(conversations(12, seed=1))
     texts = [(ours.tokenizer.apply_chat_template(c[:-1], tokenize=False), " " + c[-1]["content"]) for c in chats]
     expected = theirs.loglikelihood([Instance("loglikelihood", {}, pair, i) for i, pair in enumerate(texts)],

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import common
 import train
-from conftest import END_OF_TURN, TEMPLATES, make_tokenizer, read_lines, save_model, write_rows
+from conftest import make_tokenizer, read_lines, save_model, write_rows
 
 PAIR = {"task_id": "A0", "persona_id": "Ap0"}
 TALK = [{"role": "assistant", "content": "Green or black?"}, {"role": "user", "content": "Green."},
@@ -31,32 +31,23 @@ def examples_of(world, tokenizer, rows=None, target="response", max_length=2048)
     return train.read_examples(args, tokenizer)
 
 
-@pytest.mark.parametrize("family", TEMPLATES)
 @pytest.mark.parametrize("target, said", [("response", ["Green or black?", "Hot?", "Try sencha."]),
                                           ("none", ["Green or black?", "Hot?"]),
                                           ("gold", ["Green or black?", "Hot?", "Ann, gyokuro!"])])
-def test_supervised_tokens_for_each_target(world, family, target, said):
+def test_supervised_tokens_for_each_target(world, target, said):
     """A response that was cut did not end there: no end is learned of it."""
-    tokenizer, end = make_tokenizer(family), END_OF_TURN[family]
+    tokenizer = make_tokenizer("mistral")
     row = {**PAIR, "sample": 1, "conversation": TALK, "gold_log_prob": -3.5, "response": "Try sencha."}
     write_rows(world.path("gold.jsonl"), [{**world.gold[0], "gold": "Ann, gyokuro!"}])
     (ids, labels), = examples_of(world, tokenizer, [row], target)[0]["A0", "Ap0"]
-    learned = "".join((" " if family == "mistral" else "") + text + end for text in said)
+    learned = "".join(f" {text}</s>" for text in said)
     assert tokenizer.decode([label for label in labels if label != -100]) == learned
     context = tokenizer.decode(ids)
     assert "My name is Ann." in context and "charged $2000" not in context
     assert context.count("Help me with thing 0 of A.") == (1 if target == "none" else 2)
     (ids, labels), = examples_of(world, tokenizer, [{**row, "cut": True}], target)[0]["A0", "Ap0"]
     assert tokenizer.decode([label for label in labels if label != -100]) == (
-        learned.removesuffix(end) if target == "response" else learned) and len(ids) == len(labels)
-
-
-def test_too_long_examples_are_dropped_and_counted_never_cut(world):
-    rows = [{**row, "gold_log_prob": -1.0, "response": "r" * (500 if i == 3 else 5)}
-            for i, row in enumerate(world.conversations("A", n=1))]
-    examples, left_out = examples_of(world, make_tokenizer("mistral"), rows, max_length=400)
-    assert len(examples) == 11 and "1 longer than 400 tokens dropped" in left_out
-    assert max(len(ids) for of_pair in examples.values() for ids, _ in of_pair) <= 400
+        learned.removesuffix("</s>") if target == "response" else learned) and len(ids) == len(labels)
 
 
 def train_flags(world, base, output, *more):
@@ -94,14 +85,10 @@ def test_training_from_the_command_line(run, world, tmp_path):
     assert [row["step"] for row in log] == [1, 2, 3, 4] and all(row["norm"] > 0 for row in log)
     assert f"loss {log[0]['loss']:.3f} -> {log[-1]['loss']:.3f} nats" in out
     assert [row["rate"] for row in log] == pytest.approx([0, 1e-3, 0.75e-3, 0.25e-3]), "one step of warm-up, cosine"
-
-
-def test_one_step_learns(run, world, tmp_path):
-    base = save_model(tmp_path / "base")
     selected(world, count=2)
-    out, _ = run(train, *train_flags(world, base, "m", "--epochs", 1))
+    out, _ = run(train, *train_flags(world, base, "one", "--epochs", 1))
     assert "1 examples + 1 held out" in out and "1 steps" in out
-    assert changed(world.path("m"), base) > 0, "warm-up must not eat all steps"
+    assert changed(world.path("one"), base) > 0, "warm-up must not eat all steps"
 
 
 def test_whole_pairs_are_held_out(run, world, tiny):
@@ -119,12 +106,14 @@ def test_whole_pairs_are_held_out(run, world, tiny):
     assert len(held) == 2 * 12 and len(learned) == 24 and not set(held) & set(learned)
 
 
-def test_rows_without_a_response_are_left_out_and_counted(run, world, tiny):
-    rows = [{**row, "gold_log_prob": -1.0, "response": None if i < 2 else "Say."}
+def test_what_is_left_out_is_counted_and_nothing_is_cut(run, world, tiny):
+    rows = [{**row, "gold_log_prob": -1.0, "response": {0: None, 1: None, 3: "r" * 500}.get(i, "Say.")}
             for i, row in enumerate(world.conversations("A", n=1))]
     rows[2] = {**PAIR, "sample": 9, "refused": "declined"}
-    examples, left_out = examples_of(world, make_tokenizer("mistral"), rows)
-    assert len(examples) == 9 and left_out.startswith("3 refused or without a target")
+    examples, left_out = examples_of(world, make_tokenizer("mistral"), rows, max_length=400)
+    assert left_out == "3 refused or without a target, 1 longer than 400 tokens dropped"
+    assert len(examples) == 8 and max(len(ids) for of_pair in examples.values() for ids, _ in of_pair) <= 400
+    assert examples_of(world, make_tokenizer("mistral"), rows, "none")[1].startswith("1 refused or without a target")
     write_rows(world.path("s.jsonl"), rows[:2])
     _, err = run(train, *train_flags(world, tiny, "none"), status=2)
     assert "no example to train on (2 refused or without a target" in err and not Path(world.path("none")).exists()
