@@ -121,23 +121,17 @@ def test_inducer_extracts_what_the_users_lines_show():
 
 def test_server_judges_and_refuses_everything_else():
     _, _, profile, personality = people(1)[0]
-    prompt = filled("roleplay", profile=profile, personality=personality)
-    good = {"model": "aloe-user", "messages": [{"role": "user", "content": prompt}], "seed": 1}
-    assert server.reply(good)
+    person, turn = {"profile": profile, "personality": personality}, "Hiya."
     text = world.reply(world.draw_persona(random.Random(1)), random.Random(2))
-    assert ask("aloe-judge", "judge", profile=profile, personality=personality, message="Hi", response=text) == str(
+    assert ask("aloe-judge", "judge", message="Hi", response=text, **person) == str(
         world.judge_score(text, world.read_persona(profile, personality)))
-    turn = {"role": "assistant", "content": "Hiya."}
-    for bad, reason in [
-            ({**good, "model": "aloe"}, "no model"), ({**good, "model": "aloe-judge"}, "not the prompt"),
-            ({**good, "messages": [*good["messages"], turn]}, "end with the user"),
-            ({**good, "model": "aloe-judge", "messages": [*good["messages"], turn, *good["messages"]]}, "one message"),
-            ({**good, "messages": [{**good["messages"][0], "content": prompt.replace("concise", "brief")}]},
-             "not the prompt"),
-            ({**good, "messages": [{**good["messages"][0], "content": prompt.replace(profile, "A cat.")}]},
-             "no persona of this world")]:
+    for model, prompt, turns, fields, reason in [
+            ("aloe", "roleplay", [], person, "no model"), ("aloe-judge", "roleplay", [], person, "not the prompt"),
+            ("aloe-user", "roleplay", [turn], person, "end with the user"),
+            ("aloe-inducer", "roleplay", [turn, turn], person, "one message"),
+            ("aloe-user", "roleplay", [], {**person, "profile": "A cat."}, "no persona of this world")]:
         with pytest.raises(server.Refused, match=reason):
-            server.reply(bad)
+            ask(model, prompt, *turns, **fields)
 
 
 def test_measure_by_hand(tmp_path):

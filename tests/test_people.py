@@ -84,16 +84,6 @@ def test_a_stage_asks_a_person_once_and_a_second_rater_anew(people, run, world, 
     assert len(read_lines(tmp_path / "new/people.jsonl")) == 4
 
 
-def test_a_person_writes_golds_and_judges(people, run, world, tiny):
-    server = people("Drink tea.\nEvery day.", *["Final Response: B"] * 3)
-    run(gold, *world.command("gold", tiny, server.url, "g.jsonl"), "--limit", 1, "--timeout", 5)
-    assert read_lines(world.path("g.jsonl"))[0]["gold"] == "Drink tea.\nEvery day."
-    run(evaluate, *world.command("evaluate", tiny, output="e0"), "--metrics", "win_rate")
-    run(evaluate, *world.judged(tiny, server.url), "--metrics", "win_rate", "--win-pairs", 3)
-    assert [row["raw"] for row in read_lines(world.path("e1/verdicts.jsonl"))] == ["Final Response: B"] * 3
-    assert "\n~m> " in server.shown and server.shown.count("\n~j> Final Response: B\n") == 3
-
-
 def test_a_question_is_shown_once_and_harmless_and_no_answer_is_cut(people):
     server = people()
     for _ in range(2):                                          # a client that gives up, and asks again

@@ -12,12 +12,9 @@ import pytest
 import torch
 
 import common
-import gold
 import simulate
 from conftest import ROOT, make_model, make_tokenizer, read_lines
 
-GREEDY = ("--dtype", "float32", "--max-tokens", 24, "--limit", 12)
-FOLD = ("--system", "fold")             # local models always do; this template knows no system role
 SERVE = f"{sys.executable} -m transformers.cli.transformers serve --host 127.0.0.1 --device cpu --dtype float32"
 ENV = {**os.environ, "SERVE": SERVE, "HF_HUB_OFFLINE": "1", "HF_HUB_CACHE": "/nowhere", "OMP_NUM_THREADS": "1",
        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
@@ -52,52 +49,29 @@ def running(word):
     return [line for line in lines if word in line and line[0] != "Z"]
 
 
-@pytest.fixture(scope="module")
-def url(folder, tmp_path_factory):
-    """A server of the folder, offline, while a command sleeps. A signal at the module's end leaves neither."""
-    up, port = tmp_path_factory.mktemp("serve") / "up", free_port()
-    job = start(port, "bash", "-c", f"sleep {port} & touch $0; wait", up, "--questioner", folder, "--output", f"{up}.o")
-    while not up.exists():
-        assert job.poll() is None, job.communicate()
-        time.sleep(0.2)
-    yield f"http://127.0.0.1:{port}/v1"
-    job.terminate()
-    assert job.communicate(timeout=60) == ("", "") and job.returncode == 143 and not running(port)
-
-
-def written(run, stage, flags, output, file=""):
-    """The rows that a stage writes, and their keys where something was cut. To this server an answer whose end-of-turn
+def rows_and_cuts(path):
+    """The rows of a file, and the keys of those where something was cut. To this server an answer whose end-of-turn
     token is the last one that it may say is cut, to us it is not."""
-    run(stage, *flags, "--output", output)
-    rows = read_lines(output + file)
-    cut = {(*common.pair_of(row), row.get("sample")) for row in rows if row.pop("cut", 0)}
+    rows = read_lines(path)
     assert not any("refused" in row for row in rows)
-    return rows, cut
-
-
-def gold_flags(world, *oracle):
-    return [*GREEDY, *world.flags("personas"), "--tasks", "data/tasks.jsonl", "--split", "A", "--oracle", *oracle]
-
-
-def test_gold_responses_are_those_of_the_same_model_on_this_machine(run, world, folder, url):
-    here, here_cut = written(run, gold, gold_flags(world, folder), world.path("1.jsonl"))
-    there, there_cut = written(run, gold, gold_flags(world, f"openai:{folder}@{url}", *FOLD), world.path("2.jsonl"))
-    assert there == here and len(here) == 12 and here_cut <= there_cut and 0 < len(here_cut) < 12
-    assert len({row["gold"] for row in here}) > 8, "the model should say something else to each prompt"
+    return rows, {common.key_of(row) for row in rows if row.pop("cut", 0)}
 
 
 def test_a_stage_with_its_own_server(run, world, folder, server):
     """Its conversations are those of the same model on this machine; once they are there, no server is needed."""
     Path(world.path("prompts")).mkdir()
     Path(world.path("prompts/elicitation.txt")).write_text("Ask {name} about: {task}")
-    flags = [*GREEDY, *FOLD, *world.flags("tasks", "personas"), "--prompts", world.path("prompts"), "--samples", 1,
-             "--temperature", 0, "--questioner", folder, "--roleplayer", f"openai:r@{server.url}"]
-    (here, here_cut), port = written(run, simulate, flags, world.path("1.jsonl")), free_port()
+    flags = [*world.command("simulate", folder, server.url), "--prompts", world.path("prompts"), "--samples", 1,
+             "--temperature", 0, "--max-tokens", 24]
+    run(simulate, *flags, "--output", world.path("1.jsonl"))
+    port = free_port()
     for engine in SERVE, "/no/engine":
         stage = start(port, "python", "simulate.py", *flags, "--output", world.path("2.jsonl"), SERVE=engine)
         assert (stage.communicate(), stage.returncode)[1] == 0 and not running(port)
-    there, there_cut = written(lambda *_: None, simulate, [], world.path("2.jsonl"))
-    assert there == here and here_cut <= there_cut and {len(row["conversation"]) for row in here} == {2, 4, 6}
+    (here, here_cut), (there, there_cut) = map(rows_and_cuts, (world.path("1.jsonl"), world.path("2.jsonl")))
+    assert there == here and 0 < len(here_cut) < len(here) == 12 and here_cut <= there_cut
+    assert {len(row["conversation"]) for row in here} == {2, 4, 6}
+    assert len({str(row["conversation"]) for row in here}) > 8, "the model should say something else to each prompt"
     assert common.read_settings(world.path("2.jsonl"))["questioner"] == f"openai:{common.fingerprint(folder)}"
 
 
@@ -107,6 +81,16 @@ def test_a_commands_failure_comes_through(folder, tmp_path):
     out, err = stage.communicate()
     assert out == f"--questioner openai:{folder}@http://127.0.0.1:{port}/v1 --output {output}\n" and not err
     assert stage.returncode == 7 and not running(port)
+
+
+def test_a_signal_ends_the_command_and_the_server(folder, tmp_path):
+    up, port = tmp_path / "up", free_port()
+    job = start(port, "bash", "-c", f"sleep {port} & touch $0; wait", up, "--questioner", folder, "--output", f"{up}.o")
+    while not up.exists():
+        assert job.poll() is None, job.communicate()
+        time.sleep(0.2)
+    job.terminate()
+    assert job.communicate(timeout=60) == ("", "") and job.returncode == 143 and not running(port)
 
 
 @pytest.mark.parametrize("engine, why", [("", "set it"), ("false", "o.serve.log"), ("/no/engine", "o.serve.log")])
