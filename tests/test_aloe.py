@@ -187,7 +187,7 @@ def test_the_mask_as_text():
 
 @pytest.mark.filterwarnings("default::FutureWarning")            # TRL's own
 def test_dpo_is_trls(tmp_path, monkeypatch):
-    """Loss, rewards and gradients on the same ids, with a reference that is another model; and one pair by hand."""
+    """Loss, gradients and rewards on the same ids, with a reference that is another model; and two pairs by hand."""
     losses, rewards = train.dpo_loss(torch.tensor([[-1.0], [-2.0]]), torch.tensor([[-1.5], [-1.0]]), 0.9)
     assert rewards[:, 0].tolist() == pytest.approx([0.45, -0.9])
     assert losses.item() == pytest.approx(math.log(1 + math.exp(-1.35)))
@@ -208,22 +208,15 @@ def test_dpo_is_trls(tmp_path, monkeypatch):
     theirs = trainer.compute_loss(trainer.model, batch)
     theirs.backward()
     expected = {name: weight.grad.clone() for name, weight in model.named_parameters()}
-    rewards = [trainer._metrics["train"][f"rewards/{kind}"][0] for kind in ("chosen", "rejected")]
-
-    def log_p(of, name):
-        with torch.no_grad():
-            return torch.stack([-loop.sum_loss(of, *loop.collate([pair[name]])) for pair in pairs])
-    both = [torch.stack([log_p(of, name) for name in ("preferred", "rejected")]) for of in (model, reference)]
-    losses, ours = train.dpo_loss(*both, 0.9)
-    assert losses.mean().item() == pytest.approx(theirs.item(), abs=1e-5, rel=1e-5)
-    assert ours.mean(1).tolist() == pytest.approx(rewards, abs=1e-5, rel=1e-5)
+    margin = trainer._metrics["train"]["rewards/margins"][0]
     monkeypatch.setattr(train, "reference", lambda *_: reference)
     examples, args = [(*pair["preferred"], *pair["rejected"]) for pair in pairs], Namespace(
         base="", dtype="float32", beta=0.9)
     for size in (1, 2, 8):
         model.zero_grad()
-        loss = loop.mean_loss(Accelerator(cpu=True), model, examples, size, train.PairLoss(args), learn=True)
-        assert loss == pytest.approx(theirs.item(), abs=1e-5, rel=1e-5)
+        loss_of = train.PairLoss(args)
+        loss = loop.mean_loss(Accelerator(cpu=True), model, examples, size, loss_of, learn=True)
+        assert [loss, loss_of.figures()["margin"]] == pytest.approx([theirs.item(), margin], abs=1e-5, rel=1e-5)
         for name, weight in model.named_parameters():
             assert torch.allclose(weight.grad, expected[name], atol=1e-5, rtol=1e-4), name
 

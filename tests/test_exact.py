@@ -14,12 +14,11 @@ from conftest import make_model, make_tokenizer
 from test_models import local, scores
 
 TRL_TEMPLATES = Path(find_spec("trl").origin).parent / "chat_templates"     # of the real models, word for word
-MARKS = {  # template: (its special tokens, bos, eos)
+MARKS = {  # template: (its special tokens, of which the last one ends a turn, bos, eos)
     "qwen3_instruct_2507": (["<|im_start|>", "<|im_end|>"], None, "<|im_end|>"),
     "gemma": (["<start_of_turn>", "<end_of_turn>"], "<bos>", "<eos>"),
     "llama3": (["<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"], "<|begin_of_text|>", "<|end_of_text|>"),
 }
-END = {"qwen3_instruct_2507": "<|im_end|>", "gemma": "<end_of_turn>", "llama3": "<|eot_id|>"}
 
 
 def conversations(count, seed=0):
@@ -64,7 +63,7 @@ def test_the_loss_and_its_mask_are_those_of_trl(template, tmp_path):
                          train_dataset=Dataset.from_list([{"messages": chat} for chat in chats]))
     theirs = next(iter(trainer.get_train_dataloader()))
     # TRL's training templates of Qwen and Gemma also train the line feed between two turns, which no model has to say.
-    end = tokenizer.convert_tokens_to_ids(END[template])
+    end = tokenizer.convert_tokens_to_ids(MARKS[template][0][-1])
     after_end = F.pad(theirs["labels"][:, :-1] == end, (1, 0))
     between = after_end & (theirs["labels"] == tokenizer.encode("\n", add_special_tokens=False)[0])
     assert between.any() == (template != "llama3")

@@ -1,6 +1,6 @@
 """The embedded world: its rules, its server, its measures, and the base that is shipped."""
+import itertools
 import random
-import re
 import sys
 from collections import Counter
 
@@ -68,34 +68,20 @@ def ask(model, system, user, seed=0, folded=False):
     return server.reply({"model": model, "messages": messages, "seed": seed})
 
 
-def random_response(rng, task):
-    facts = [(slot, rng.choice(world.SLOTS[slot])) for slot in rng.sample(list(world.SLOTS), rng.randint(0, 5))]
-    return rng.choice([world.response(task, facts), f"What is your {rng.choice(list(world.SLOTS))}?"])
+def test_judge_by_hand():
+    """Relevant true facts minus wrong ones; the better answer wins from either place, and ties go either way."""
+    persona = world.draw_persona(random.Random(0)) | {"diet": "vegan", "budget": "tiny", "pet": "dog"}
+    text, task = world.persona_text(persona, random.Random(0)), "Help me plan a bold dinner."         # diet, budget
+    scored = {"It suits you as your diet is Vegan. tiny": 2, "vegan, vegan and a dog": 1, "vegan keto": 0, "dog": 0,
+              "What is your diet?": 0, "A cat, but vegan and huge": -1, "keto or halal": -2}
 
-
-def test_judge_agrees_with_a_brute_force_count_and_is_symmetrical():
-    ties = {"A": 0, "B": 0}
-    for rng, persona, task in people(1000, seed=1):
-        text, count = world.persona_text(persona, rng), []
-        pair = [random_response(rng, task), random_response(rng, task)]
-        pair[0] = world.gold_response(persona, task) if rng.random() < 0.3 else pair[0]
-        for response in pair:  # word by word, from the persona's text and the tables alone
-            words, score = set(re.findall("[A-Za-z]+", response)), 0
-            for slot, values in world.SLOTS.items():
-                for value in values:
-                    if value in words and re.search(rf"\b{slot} is {value}\.", text):
-                        score += slot in world.TOPICS[re.search(r"a \w+ (\w+)", task)[1]]
-                    elif value in words:
-                        score -= 1
-            count.append(score)
-        verdicts = [ask("judge", PROMPTS["judge_system"], PROMPTS["judge_user"].format(
-            persona=text, task=task, response_a=a, response_b=b))[-1] for a, b in (pair, pair[::-1])]
-        if count[0] == count[1]:
-            ties[verdicts[0]] += 1
-        else:
-            assert verdicts == (["A", "B"] if count[0] > count[1] else ["B", "A"])
-    assert sum(ties.values()) > 50 and min(ties.values()) > 0.3 * sum(ties.values())
-    assert world.judge_score("What is your pet?", persona, task) == world.judge_score("Good luck!", persona, task) == 0
+    def verdict(a, b, seed=0):
+        user = PROMPTS["judge_user"].format(persona=text, task=task, response_a=a, response_b=b)
+        return ask("judge", PROMPTS["judge_system"], user, seed)[-1]
+    for (a, of_a), (b, of_b) in itertools.product(scored.items(), repeat=2):
+        assert world.judge_score(a, persona, task) == of_a
+        assert of_a == of_b or verdict(a, b) == ("A" if of_a > of_b else "B")
+    assert 30 < [verdict("dog", "vegan keto", seed) for seed in range(100)].count("A") < 70
 
 
 def test_server_is_deterministic_for_a_seed_and_varies_between_seeds():

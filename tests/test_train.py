@@ -55,9 +55,9 @@ def train_flags(world, base, output, *more):
             "--batch-size", 8, "--micro-batch-size", 8, "--epochs", 2, *more]
 
 
-def selected(world, count=12):
+def selected(world, count=12, n=1):
     write_rows(world.path("s.jsonl"), [{**row, "gold_log_prob": -1.0, "response": f"Say {i}."}
-                                       for i, row in enumerate(world.conversations("A", n=1))][:count])
+                                       for i, row in enumerate(world.conversations("A", n))][:count])
 
 
 def digest(folder):
@@ -93,8 +93,7 @@ def test_training_from_the_command_line(run, world, tmp_path):
 
 def test_whole_pairs_are_held_out(run, world, tiny):
     """Several conversations of a pair: none of them is learned from if one is held out."""
-    rows = [{**row, "gold_log_prob": -1.0, "response": "Say."} for row in world.conversations("A", n=3)]
-    write_rows(world.path("s.jsonl"), rows)
+    selected(world, count=36, n=3)
     seen = []
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(train, "mean_loss", lambda *given, learn=False: seen.append((learn, given[2])) or 1.0)
