@@ -4,13 +4,13 @@ import re
 
 import numpy as np
 import pytest
-import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import common
 from conftest import ROOT, load_stage, read_lines
 from people import replay
 from simulate import questioner_chat
+from test_models import alone
 
 # (request, need, question, answer): both requests have needs 1 and 2; need 3 answers as need 1 does. A hash makes
 # request 1 a test task, and 4 not.
@@ -59,9 +59,8 @@ def log_p_of(path):
     def log_p(*texts):
         chat = [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(texts)]
         before, ids = (tokenizer.apply_chat_template(turns, return_dict=False) for turns in (chat[:-1], chat))
-        log_probs = model(torch.tensor([ids])).logits[0].log_softmax(-1)
-        said = range(len(before), len(ids) - 1)                 # without the end of the turn
-        return sum(log_probs[i - 1, ids[i]].item() for i in said), len(said)
+        n = len(ids) - 1 - len(before)                          # without the end of the turn
+        return alone(model, ids[:-1], n), n
     return log_p
 
 
