@@ -161,9 +161,9 @@ class Page:
             time.sleep(0.05)
 
     def ask(self, model, chat, timeout=60, max_retries=0):      # with them, a killed server's asks come to the next one
-        client = openai.OpenAI(base_url=f"http://127.0.0.1:{self.port}/v1", api_key=self.token or "-", timeout=timeout)
-        asked = self.pool.submit(client.with_options(max_retries=max_retries).chat.completions.create, model=model,
-                                 messages=chat)
+        client = openai.OpenAI(base_url=f"http://127.0.0.1:{self.port}/v1", api_key=self.token or "-", timeout=timeout,
+                               max_retries=max_retries)
+        asked = self.pool.submit(client.chat.completions.create, model=model, messages=chat)
         return lambda: asked.result().choices[0].message.content
 
 

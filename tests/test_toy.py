@@ -9,14 +9,8 @@ import pytest
 import common
 from conftest import ROOT, read_lines, run_stage, write_rows
 
-sys.path.append(str(ROOT / "toy"))
-import check  # noqa: E402
-import manners  # noqa: E402
-import measure  # noqa: E402
-import permute  # noqa: E402
-import pretrain  # noqa: E402
-import server  # noqa: E402
-import world  # noqa: E402
+sys.path.append(str(ROOT / "toy"))                              # the scripts import their neighbours
+from toy import check, manners, measure, permute, pretrain, server, world  # noqa: E402
 
 PROMPTS = {path.stem: path.read_text().removesuffix("\n") for path in (ROOT / "prompts").glob("*.txt")}
 
