@@ -2,18 +2,17 @@
 settings/serve.sh, which starts such a server for a stage."""
 import os
 import socket
-import string
 import subprocess
 import sys
 import time
 from pathlib import Path
 
 import pytest
-import torch
 
 import common
 import simulate
 from conftest import ROOT, make_model, make_tokenizer, read_lines
+from test_models import say_few_letters
 
 SERVE = f"{sys.executable} -m transformers.cli.transformers serve --host 127.0.0.1 --device cpu --dtype float32"
 ENV = {**os.environ, "SERVE": SERVE, "HF_HUB_OFFLINE": "1", "HF_HUB_CACHE": "/nowhere", "OMP_NUM_THREADS": "1",
@@ -22,12 +21,10 @@ ENV = {**os.environ, "SERVE": SERVE, "HF_HUB_OFFLINE": "1", "HF_HUB_CACHE": "/no
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A random chat model that says small letters alone, and samples where it is not told otherwise."""
+    """A random chat model that says few letters, and samples where it is not told otherwise."""
     folder, tokenizer = tmp_path_factory.mktemp("models") / "letters", make_tokenizer("mistral")
-    model = make_model(len(tokenizer), seed=3)
-    said = tokenizer.convert_tokens_to_ids([*string.ascii_lowercase, ".", ",", "Ġ", tokenizer.eos_token])
-    with torch.no_grad():                                        # the best of those 30 has a logit above 0
-        model.lm_head.weight[[i for i in range(len(tokenizer)) if i not in said]] = 0
+    model = make_model(len(tokenizer))
+    say_few_letters(model, tokenizer)
     model.generation_config.eos_token_id, model.generation_config.do_sample = tokenizer.eos_token_id, True
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
