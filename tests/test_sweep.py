@@ -1,7 +1,6 @@
 """report/sweep.sh changes one setting a run, once; report/sweep.py counts what it says."""
 import itertools
 import re
-import statistics
 import subprocess
 import sys
 from pathlib import Path
@@ -11,11 +10,8 @@ import pytest
 from conftest import ROOT, write_rows
 from report import sweep
 
-CONVERSATION = [{"role": "assistant", "content": "Diet?"}, {"role": "user", "content": "Vegan."}]
-
-
-def ids(task, persona):
-    return {"task_id": task, "persona_id": persona}
+ROW = {"task_id": "A", "persona_id": "a", "sample": 0, "conversation": [
+    {"role": "assistant", "content": "Diet?"}, {"role": "user", "content": "Vegan."}]}
 
 
 def test_a_run_changes_one_setting_keeps_what_is_the_same_and_is_made_once(tmp_path):
@@ -28,7 +24,7 @@ def test_a_run_changes_one_setting_keeps_what_is_the_same_and_is_made_once(tmp_p
         file.parent.mkdir(parents=True, exist_ok=True)
         file.touch()
     write_rows(tmp_path / "runs/sweep/main-100/gold-A.jsonl", [
-        {**ids("A", who), "gold": f"Your diet is {who}."} for who in ("vegan", "halal")])
+        {"task_id": "A", "persona_id": who, "gold": f"Your diet is {who}."} for who in ("vegan", "halal")])
     (done := tmp_path / "runs/sweep/k-5-100/seconds").parent.mkdir()
     done.touch()
     for expected in (["n-2", "n-5", "n-20", "oracle-0.1", "oracle-0.3", "oracle-1", "k-3"], []):
@@ -36,8 +32,7 @@ def test_a_run_changes_one_setting_keeps_what_is_the_same_and_is_made_once(tmp_p
                               capture_output=True, env={"PATH": f"{Path(sys.executable).parent}:/usr/bin:/bin",
                                                         "PRINT": "1"})
         assert told.returncode == 2 and "main-101 is not there: bash report/sweep.sh main" in told.stderr, told
-        made = re.findall(r"^runs/sweep/([\w.-]+)-100$", told.stdout, re.M)
-        assert made == expected
+        assert re.findall(r"^runs/sweep/([\w.-]+)-100$", told.stdout, re.M) == expected
     logs = {name: (tmp_path / f"runs/sweep/{name}-100/log").read_text() for name in ("n-2", "k-3", "oracle-0.3")}
     assert "--samples 2 " in logs["n-2"] and "--samples 10" not in logs["n-2"] and "--k " not in logs["n-2"]
     assert "--samples 10 " in logs["k-3"] and re.search(r"select.py .* --k 3 ", logs["k-3"])
@@ -55,11 +50,10 @@ def test_best_of_n_and_entropy_are_those_of_all_draws():
     assert sweep.entropy(["a", "b", "c", "d"]) == 2 and sweep.entropy(["a", "a"]) == 0
 
 
-def test_one_seed_shows_its_interval_and_several_their_spread():
-    seeds = [{"gain": (gain, [gain - 1, gain + 1])} for gain in (1.0, 2.0, 4.5)]
-    assert sweep.over_seeds(seeds[:1])["gain"] == (1.0, 0.0, 2.0, "1.00 (0.00 to 2.00)")
-    mean, low, high, text = sweep.over_seeds(seeds)["gain"]
-    assert (mean, high - mean, text) == (2.5, pytest.approx(statistics.stdev([1, 2, 4.5])), "2.50 ± 1.80")
+def test_several_seeds_show_their_spread():
+    found = sweep.over_seeds([{"gain": (gain, None)} for gain in (1.0, 2.0, 4.5)])
+    sd = ((1.5 ** 2 + 0.5 ** 2 + 2 ** 2) / 2) ** 0.5
+    assert found["gain"] == (2.5, pytest.approx(2.5 - sd), pytest.approx(2.5 + sd), "2.50 ± 1.80")
 
 
 def test_a_row_is_of_its_iteration_and_its_runs(tmp_path, monkeypatch, capsys):
@@ -69,7 +63,7 @@ def test_a_row_is_of_its_iteration_and_its_runs(tmp_path, monkeypatch, capsys):
             (tmp_path / run / "base").mkdir(exist_ok=True)
             for name in (f"main/{t}/test.jsonl", f"main/{t}/test/verdicts.jsonl", f"main/{t}/selected.jsonl",
                          "base/selected.jsonl"):
-                write_rows(tmp_path / run / name, [{**ids("A", "a"), "sample": 0, "conversation": CONVERSATION}])
+                write_rows(tmp_path / run / name, [ROW])
         write_rows(tmp_path / run / "results.jsonl", [{
             "variant": "main", "iteration": t, "metric": "gold_log_prob_gain", "condition": "q_experimental",
             "roleplayer": "r", "split": "test", "mean": gain, "sem": 1.0, "interval_95": [gain - 1, gain + 1], "n": 4}
