@@ -452,12 +452,11 @@ def test_differences_are_of_the_same_users_and_seeds_are_of_one_base(run, tmp_pa
     """People who differ a lot, and a model that is better for each by .5: narrow for the difference alone."""
     level, rows = np.random.default_rng(0).normal(3, 1, 40), []
     for variant, gain in (("base", 0), ("sft", 0.5)):
-        scores = {(i, k): level[i] + (k + 1) * gain for i in range(40) for k in range(2)}
-        (tmp_path / f"run/{variant}/test-T0").mkdir(parents=True)
-        write_rows(tmp_path / f"run/{variant}/test-T0/scores.jsonl", [
-            {"persona_id": f"p{i:02d}", "round": k, "score": round(1000 * score)} for (i, k), score in scores.items()
-            if (variant, i) not in (("sft", 7), ("base", 3))])  # they count in neither
-        write_rows(tmp_path / f"run/{variant}/test-T0/conversations.jsonl", [
+        (folder := tmp_path / f"run/{variant}/test-T0").mkdir(parents=True)
+        write_rows(folder / "scores.jsonl", [
+            {"persona_id": f"p{i:02d}", "round": k, "score": round(1000 * (level[i] + (k + 1) * gain))}
+            for i in range(40) for k in range(2) if (variant, i) not in (("sft", 7), ("base", 3))])  # count in neither
+        write_rows(folder / "conversations.jsonl", [
             {**PERSON, "persona_id": f"p{i:02d}", "rounds": [{"user": f"<b>{k}", "reply": variant} for k in range(2)]}
             for i in range(40)])
         rows += [{"variant": variant, "iteration": 0, "metric": metric, "condition": "T=0", "roleplayer": "u", "split":
