@@ -88,13 +88,13 @@ def test_server_refuses_everything_else():
     persona, task = world.persona_text(world.draw_persona(random.Random(0)), random.Random(0)), "Sort out a bold trip."
     system, user = PROMPTS["gold_system"], PROMPTS["gold_user"].format(persona=persona, task=task)
     assert ask("oracle", system, user)
-    for model, system, user, reason in [
+    for model, *texts, reason in [
             ("judge", system, user, "does not play this role"), ("oracle", "You are kind.", user, "no role"),
             ("oracle", system, user.replace("concise", "short"), "not the prompt"),
             ("oracle", system, user.replace(task, "What is love?"), "no task of this world"),
             ("oracle", system, user.replace(persona, "A cat."), "no persona of this world")]:
         with pytest.raises(server.Refused, match=reason):
-            ask(model, system, user)
+            ask(model, *texts)
     with pytest.raises(server.Refused, match="messages"):
         server.reply({"model": "oracle"})
 
