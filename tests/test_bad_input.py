@@ -1,78 +1,14 @@
 """Bad input: one line that says where, what is wrong, and what to do, with status 2; and nothing is lost."""
-import json
 import re
 import shutil
-import tempfile
 from pathlib import Path
 
 import pytest
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
-from hypothesis.configuration import set_hypothesis_home_dir
 
 import common
-import evaluate
 from conftest import load_stage, read_lines, save_model, write_rows
 
-set_hypothesis_home_dir(tempfile.mkdtemp())                       # leaves nothing in the checkout
-
 TURNS = [{"role": "assistant", "content": "Which tea?"}, {"role": "user", "content": "Green."}]
-EVERYBODY = {f"A{i}": {} for i in range(3)}
-
-
-def read_conversations(path):
-    return common.read_conversations(path, EVERYBODY, EVERYBODY)
-
-
-READERS = {
-    common.read_tasks: {"task_id": "A0", "split": "A", "task": "Tea?"},
-    common.read_personas: {"persona_id": "A0", "split": "A", "name": "Ann", "persona": "I'm Ann."},
-    common.read_gold: {"task_id": "A0", "persona_id": "A0", "split": "A", "gold": "Sencha."},
-    read_conversations: {"task_id": "A0", "persona_id": "A0", "sample": 0, "split": "A", "conversation": TURNS},
-    evaluate.read_results: {"variant": "main", "iteration": 1, "metric": "win_rate", "condition": "", "roleplayer": "r",
-                          "split": "test", "mean": 0.5, "sem": None, "n": 3},
-}
-ANY = st.recursive(st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
-                   lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
-                   max_leaves=4)
-
-
-@st.composite
-def mangled(draw):
-    """(reader, bytes): a good file in which up to three things are wrong: fields, whole lines, bytes."""
-    reader, rarely = draw(st.sampled_from(list(READERS))), st.sampled_from([False, False, False, True])
-    rows = [json.loads(json.dumps(READERS[reader])) for _ in range(draw(st.integers(1, 3)))]
-    for _ in range(draw(st.integers(0, 2))):
-        target = draw(st.sampled_from(rows))
-        if isinstance(target.get("conversation"), list) and draw(st.booleans()):
-            target = draw(st.sampled_from([target, *[x for x in target["conversation"] if isinstance(x, dict)]]))
-        field = draw(st.sampled_from([*READERS[reader], "role", "refused"]))
-        if draw(st.booleans()):
-            target.pop(field, None)
-        else:
-            target[field] = draw(ANY)
-    lines = [json.dumps(row) for row in rows]
-    if draw(rarely):
-        lines.insert(draw(st.integers(0, len(lines))), draw(st.text(max_size=20) | ANY.map(json.dumps)))
-    content = bytearray("\n".join(lines).encode("utf-8", "surrogatepass"))
-    if draw(rarely):
-        at = draw(st.integers(0, len(content)))
-        content[at:at + draw(st.integers(0, 3))] = draw(st.binary(max_size=3))
-    return reader, bytes(content)
-
-
-@settings(max_examples=200, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
-@given(case=mangled())
-def test_readers_never_end_in_a_traceback(case, tmp_path_factory, capsys):
-    reader, content = case
-    path = tmp_path_factory.getbasetemp() / "mangled.jsonl"
-    path.write_bytes(content)
-    try:
-        rows = list(reader(path))
-        assert capsys.readouterr().err == "" and len(rows) <= content.count(b"\n") + 1
-    except SystemExit as end:
-        said = capsys.readouterr().err
-        assert end.code == 2 and str(path) in said and len(said.splitlines()) == 1, said
 
 
 @pytest.mark.parametrize("line, why", [
@@ -137,15 +73,6 @@ class Bench:
     def files(self):
         return {path: path.read_bytes() for path in self.folder.rglob("*") if path.is_file()}
 
-    def says(self, status, message):
-        self.server.reply = lambda request: (status, {"error": {"message": message}})
-        return ["--limit", 1]
-
-    def judged(self, *more):
-        """Flags of an evaluation of Q_1, when that of Q_BASE is there."""
-        self.make("evaluate", "--output", self.world.path("e0"))
-        return ["--iteration", 1, "--baseline", self.world.path("e0"), *more]
-
     def begun(self, stage, settings=None):
         """Runs a stage, and spoils or removes the settings beside its output."""
         self.make(stage)
@@ -172,6 +99,7 @@ CASES = {                                                         # name -> stag
         stage, lambda b, name=name: b.spoil(name, conversation=TURNS[::-1]),
         rf"{name}\.jsonl, line 3: a conversation is a list of")
        for stage, name in (("select", "talks"), ("train", "chosen"), ("evaluate", "test"))},
+    "a turn that is none: select": ("select", lambda b: b.spoil("talks", conversation=[3]), r"talks\.jsonl, line 3: "),
     "a pair without a gold row: select": (
         "select", lambda b: b.drop("gold", 4), r"gold\.jsonl: no gold response for \('A1', 'Ap0'\)"),
     **{f"other tasks: {stage}": (
@@ -191,10 +119,6 @@ CASES = {                                                         # name -> stag
     **{f"no server: {stage}": (
         stage, lambda b, flag=flag: [flag, f"openai:m@{NOBODY}", "--limit", 1], "Connection error")
        for stage, flag in (("gold", "--oracle"), ("simulate", "--roleplayer"))},
-    "no server: evaluate": (
-        "evaluate", lambda b: b.judged("--judge", f"openai:j@{NOBODY}", "--limit", 1), "openai:j.*Connection"),
-    **{f"a wrong key: {stage}": (stage, lambda b: b.says(401, "wrong key"), "openai:m@.*wrong key")
-       for stage in STAGES[:3]},
     **{f"the output is a folder: {stage}": (stage, Bench.folder_there, r"out\.jsonl: not written by this stage")
        for stage in ("gold", "select")},
     "the output is a file: evaluate": ("evaluate", lambda b: write_rows(b.folder / "out", []) and [], r"out.*: "),
@@ -218,8 +142,8 @@ def test_bad_input_is_one_line_and_nothing_is_lost(name, world, tiny, run, serve
     more = prepare(bench) or []
     before, asked = bench.files(), len(server.requests)
     _, err = bench.make(stage, *more, status=75 if "no server" in name else 2)     # the server may come back
-    lines = [line for line in err.replace("\r", "\n").splitlines() if line.strip() and "[00:00" not in line
-             and not line.startswith(("usage: ", "  "))]
+    lines = [line for line in err.replace("\r", "\n").splitlines() if line.strip()
+             and "%|" not in line and not line.startswith(("usage: ", "  "))]         # neither a bar nor usage
     assert len(lines) == 1 and re.search(r"^\w+\.py: error: .*" + said, lines[0]), err
     assert WHAT_TO_DO.search(lines[0]), "it does not say what to do: " + lines[0]
     after, results = bench.files(), Path(bench.path("results"))
@@ -228,4 +152,4 @@ def test_bad_input_is_one_line_and_nothing_is_lost(name, world, tiny, run, serve
     assert {path: after.get(path) for path in before} == before, "a file has changed or gone"
     new = {path.name for path in after.keys() - before.keys() if not path.name.endswith((".settings.json", ".lock"))}
     assert new <= set(KEPT.get(stage, [])), "something was written"
-    assert len(server.requests) == asked or "key" in name, "something was asked for"
+    assert len(server.requests) == asked, "something was asked for"
