@@ -1,6 +1,5 @@
 """What others stumbled over (public reports on TRL, transformers, vLLM, OpenRouter, datasets ...), each as its kind."""
 import os
-import re
 from types import SimpleNamespace
 
 import pytest
@@ -11,9 +10,9 @@ from transformers import AutoModelForCausalLM
 import common
 import gold
 import simulate
-import train
 from conftest import TEMPLATES, completion, load_stage, make_model, make_tokenizer, read_lines, run_stage, write_rows
 from test_models import answers, local
+from test_train import examples_of
 
 CHAT = [{"role": "user", "content": "I like tea."}, {"role": "assistant", "content": "Hot?"},
         {"role": "user", "content": "Yes."}, {"role": "assistant", "content": "Sencha."}]
@@ -66,12 +65,9 @@ def test_the_turn_that_was_cut_is_the_one_whose_end_is_not_learned(run, world, t
     run(select_stage, *world.command("select", tiny))
     nulls = [{**row, "cut": None, "response": "Yes."} for row in read_lines(world.path("out.jsonl"))]
     assert len(nulls) == 12 and all(row["cut_turns"] == [0] for row in nulls)
-    args = SimpleNamespace(tasks=world.path("tasks.jsonl"), personas=world.path("personas.jsonl"), split=["A"], seed=1,
-                           selected=write_rows(world.path("n.jsonl"), nulls), limit=None, target="response", gold=None,
-                           tasks_per_split=None, max_length=4096, prompts=common.PROMPTS)
     tokenizer = common.load_tokenizer(tiny)
-    for (task_id, persona_id), examples in train.read_examples(args, tokenizer)[0].items():
-        row = next(r for r in nulls if (r["task_id"], r["persona_id"]) == (task_id, persona_id))
+    for pair, examples in examples_of(world, tokenizer, nulls)[0].items():
+        row = next(row for row in nulls if common.pair_of(row) == pair)
         ends = [labels.count(tokenizer.eos_token_id) for _, labels in examples]
         assert sum(ends) == len(row["conversation"]) / 2, "all questions but the first, and the response"
     golds = write_rows(world.path("null.jsonl"), [{**row, "refused": None} for row in world.gold])
@@ -165,13 +161,6 @@ def test_a_400_is_its_rows_if_the_same_request_with_other_words_is_answered(run,
     assert sum("refused" in row for row in rows) == 1 and len(rows) == 3
 
 
-def test_a_404_names_v1_and_a_missing_file_an_earlier_stage(run, world, server):
-    server.reply = lambda request: (404, {"error": {"message": "no"}})
-    said, _ = ask_gold(run, world, server, status=2)
-    assert "end in /v1?" in said and "earlier stage" not in said
-    assert "an earlier stage writes it" in ask_gold(run, world, server, "--tasks", "nowhere", status=2)[0]
-
-
 # ------------------------------------------------------------ replies that are not the answer
 
 @pytest.mark.parametrize("said, heard", [
@@ -182,17 +171,6 @@ def test_the_user_speaks_for_himself_alone(said, heard):
     reply = simulate.own_words(common.Reply(said, cut=True))
     assert reply.text == heard and bool(reply.refused) == (not heard)
     assert reply.cut == said.endswith(heard or "none"), "what was cut may be what was taken off"
-
-
-def test_personas_are_no_copies_and_one_empty_reply_is_asked_again(run, world, server):
-    seeds, names = read_lines("data/seed_personas.jsonl"), iter("June Ravi Mila Tom Ada Lev Nia Sven Lou Kai".split())
-
-    def reply(request):
-        n = len(server.requests)
-        return 200, {2: seeds[0]["persona"].replace("46", "47"), 3: ""}.get(n, f"I'm {next(names)}. I row.")
-    server.reply, name = reply, "generate_personas"
-    out, _ = run(load_stage(name), *world.command(name, None, server.url), "--concurrency", 1)
-    assert len(read_lines(world.path("out.jsonl"))) == 4 and re.search("1 a copy, 1 refused", out)
 
 
 def test_a_verdict_that_was_cut_is_none_and_the_message_shows_it(run, world, tiny, server):
