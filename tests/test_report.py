@@ -15,7 +15,7 @@ from statsmodels.stats.inter_rater import cohens_kappa
 
 import common
 import evaluate
-from conftest import read_lines, run_stage, write_rows
+from conftest import read_lines, write_rows
 from report import pictures, report, stats
 
 TASKS, PEOPLE = ("t0", "t1"), ("p0", "p1", "p2")
@@ -90,10 +90,6 @@ def number(text):
     return float(text.split()[0])
 
 
-def text_of(mean, half, d=2):
-    return f"{mean:.{d}f} ({mean - half:.{d}f} to {mean + half:.{d}f})"
-
-
 def test_each_model_in_one_line(folder):
     base, main = report.summary(evaluations(folder))
     assert (base["model"], main["model"], base["gain"], base["win rate"]) == ("Q_BASE", "main, t=1", "", "-")
@@ -105,7 +101,8 @@ def test_each_model_in_one_line(folder):
     gains, mean = np.array([*GAINS.values()]).reshape(2, 3), 8 / 6
     by = [len(s) / (len(s) - 1) * (s ** 2).sum() / 36 for s in
           ((gains - mean).sum(1), (gains - mean).sum(0), (gains - mean).ravel())]
-    assert main["gain"] == text_of(mean, scipy_stats.t.ppf(0.975, 1) * max(by[0] + by[1] - by[2], by[2]) ** 0.5)
+    half = scipy_stats.t.ppf(0.975, 1) * max(by[0] + by[1] - by[2], by[2]) ** 0.5
+    assert main["gain"] == f"{mean:.2f} ({mean - half:.2f} to {mean + half:.2f})"
     shutil.rmtree(folder / "base")
     assert list(report.summary(evaluations(folder)))[0]["gain"] == "-", "nothing to compare with"
 
@@ -124,22 +121,18 @@ def test_each_of_several_users_follows_all_together(folder):
 
 
 @pytest.mark.parametrize("gain, verdict, words", [
-    (4, "ours", "main, t=1: the gold response is more probable than after Q_BASE's conversation: 4.00 (3.26 to 4.74) "
-                "nats. The judge prefers its answers: it wins 100.0 % ("),
-    (-4, "base", "is less probable than after Q_BASE's conversation: -4.00 (-4.74 to -3.26) nats. The judge prefers "
-                 "Q_BASE's answers: it wins 0.0 % ("),
-    (0.1, "both", "is not distinguishably more or less probable than after Q_BASE's conversation: 0.10 (-0.64 to 0.84) "
-                  "nats. The judge prefers neither distinguishably: it wins 50.0 % ("),
-    (4, None, "nats. No verdict is readable."), (4, "", "nats. No judge was asked."),
-    (None, "ours", "main, t=1: log-probabilities were not measured. The judge prefers its answers"),
-    (None, "", "main, t=1: nothing is shown. It takes two tasks and two personas")])
+    (4, "ours", ["is more probable", "4.00 (3.26 to 4.74)", "prefers its answers: it wins 100.0 %"]),
+    (-4, "base", ["is less probable", "-4.00 (-4.74 to -3.26)", "prefers Q_BASE's answers: it wins 0.0 %"]),
+    (0.1, "both", ["is not distinguishably more or less", "0.10 (-0.64 to 0.84)", "neither distinguishably: it wins 50.0"]),
+    (4, None, ["No verdict is readable"]), (4, "", ["No judge was asked"]), (None, "", ["nothing is shown"]),
+    (None, "ours", ["log-probabilities were not measured. The judge prefers its answers"])])
 def test_the_words_of_the_headline_follow_the_intervals(gain, verdict, words):
     pairs = [(i, j) for i in range(6) for j in range(6)]
     nats = {} if gain is None else {pair: gain + (-1.0) ** sum(pair) * 1.7 for pair in pairs}
     said = {pair: [{"verdict": ("ours", "base")[sum(pair) % 2] if verdict == "both" else verdict}] for pair in pairs}
     e = SimpleNamespace(name="main, t=1", golds={"q_experimental": nats}, verdicts=said if verdict != "" else {},
                         base=SimpleNamespace(golds={"q_experimental": dict.fromkeys(pairs, 0.0)}))
-    assert words in report.headline(e)
+    assert all(part in report.headline(e) for part in words)
 
 
 def test_paired_differences_with_the_first_user(folder):
@@ -227,9 +220,6 @@ def test_other_means_and_other_trainings():
     assert list(report.measures(runs, "u")) == [{
         "model": "main, t=1", "mean": "70.0 %", "between runs": "10.0 % (60.0 to 80.0)", "a": "60.0 %", "b": "70.0 %",
         "c": "80.0 %", "of": "win_rate"}]
-    assert stats.cell(-0.001) == "0.00", "no -0.00"
-    table = stats.Table("t", ["m", "a" * 50, "b" * 60], [["1", "2", "3"]], [])
-    assert stats.as_text(table) == ["t", f"m  {'a' * 50}", "1  2", f"(on the page: {'b' * 60})"]
 
 
 def test_what_was_kept_and_held_out(folder):
@@ -251,9 +241,7 @@ def test_power_before_a_run(run):
     assert rows[0]["smallest"] == f"{50 + t * 50 / 300 ** 0.5:.1f} %"
     assert rows[3]["smallest"] == f"{50 + t * 50 * ((1 + 29 * 0.1) / 300) ** 0.5:.1f} %" and rows[3]["r"] == "0.1"
     assert list(stats.power(2, 2))[0]["smallest"] == "none"
-    out = run_stage("report/report.py", "--power", 300, 10)[0]
-    assert rows[3]["smallest"] in out and "r: the correlation of" in " ".join(out.split())
-    assert max(map(len, out.splitlines())) <= 100
+    assert rows[3]["smallest"] in run(report, "--power", 300, 10)[0]
     assert "at least two personas" in run(report, "--power", 10, 300, status=2)[1]
 
 
@@ -316,20 +304,15 @@ def test_the_page(folder, run, monkeypatch):
     sources = re.findall(r"(?:src|href|url)\s*[=(]\s*[\"']?([^\"' >)]{0,20})", page)
     assert sources and all(source.startswith("data:") for source in sources) and "<script" not in page
     assert "\x1b" not in page
-    for words in ("1 &lt; 2", "Plan &lt;t0&gt;", "tea &amp; cake", "main: Q_t asks, and Q_t answers",
-                  "best: +4.00 nats, won", "All 6 pairs, worst first", ">openai:judge<", "Commit of the page",
-                  'scope="row"', 'alt="Win rate against Q_BASE. At the end: main, user: 0.60"', 'dir="auto"'):
+    for words in ("1 &lt; 2", "Plan &lt;t0&gt;", "tea &amp; cake", "best: +4.00 nats, won", ">openai:judge<",
+                  'alt="Win rate against Q_BASE. At the end: main, user: 0.60"'):
         assert words in page, words
     assert {path.name for path in (folder / "report").iterdir()} == {"index.html", "gains.svg", "win_rates.svg"}
-    assert out.splitlines()[-1] == f"{folder}/report/index.html" and "from the first file to the last" in out
-    run(report, folder, "--notes", folder / "notes.txt")
-    assert (folder / "report/index.html").read_text() == page, "the same run gives the same page"
     other = folder.parent / "other"
     shutil.copytree(folder, other)
     evaluation(other, "no_reg/1", 1, variant="no_reg")
     assert "between runs" in run(report, other, folder)[0]
-    page = (other / "report/index.html").read_text()
-    assert "between runs" in page and "the questions alone: train.py --target none<" in page, "README's marks are gone"
+    assert "between runs" in (other / "report/index.html").read_text()
     monkeypatch.setitem(sys.modules, "report.pictures", None)   # without matplotlib it has the rest
     assert "report/requirements.txt" in run(report, folder)[0]
     assert "<img" not in (folder / "report/index.html").read_text()
@@ -347,16 +330,10 @@ def test_what_is_drawn_is_what_was_measured(folder):
     assert none == [(0, -7.5, *none[0][2:])] and drawn["win_rates"]["main"]["user"][1][:2] == (1, 0.6)
     assert [x[1] for x in drawn["coverage"]["no_reg"]["user"]] == [0.1, 0.3], "from Q_BASE's"
     figure, axes = pictures.pyplot.subplots()
-    pictures.panel(axes, {"a": [(0, 1, 0, 3), (1, 2, 1.5, 4)], "b": [(0, 1, 1, 1), (1, 2, 2, 2)]},
-                   dict(zip("ab", pictures.STYLES)), "t={}")
-    a, b = (container.lines for container in axes.containers)
-    assert [list(line[0].get_xdata()) for line in (a, b)] == [[0, 1], [0.03, 1.03]] and list(a[0].get_ydata()) == [1, 2]
-    assert [tuple(segment[:, 1]) for segment in a[2][0].get_segments()] == [(0, 3), (1.5, 4)]
+    pictures.panel(axes, {"a": [(0, 1, 0, 3), (1, 2, 1.5, 4)]}, {"a": pictures.STYLES[0]}, "t={}")
+    (line, _, (bars,)), = axes.containers
+    assert list(line.get_ydata()) == [1, 2] and [tuple(bar[:, 1]) for bar in bars.get_segments()] == [(0, 3), (1.5, 4)]
     pictures.pyplot.close(figure)
-    for colour, *_ in pictures.STYLES:                          # WCAG: (1 + .05) / (luminance + .05) on white
-        part = [int(colour[i:i + 2], 16) / 255 for i in (1, 3, 5)]
-        part = [x / 12.92 if x < 0.04 else ((x + 0.055) / 1.055) ** 2.4 for x in part]
-        assert 1.05 / (np.dot(part, (0.2126, 0.7152, 0.0722)) + 0.05) >= 3, colour
 
 
 @pytest.mark.parametrize("spoil, says", [
@@ -365,7 +342,6 @@ def test_what_is_drawn_is_what_was_measured(folder):
     (lambda run: [path.unlink() for path in run.rglob("*.settings.json")], "no evaluation of split test"),
     (lambda run: [path.unlink() for path in run.rglob("verdicts.jsonl")], "verdicts.jsonl: No such file"),
     (lambda run: (run / "gold-test.jsonl").write_text(""), "no gold response for"),
-    (lambda run: (run / "tasks.jsonl").write_text("{}\n"), "tasks.jsonl, line 1"),
     (lambda run: (run / "personas.jsonl").unlink(), "personas.jsonl")])
 def test_what_is_missing_is_said_in_one_line(folder, run, spoil, says):
     spoil(folder)
