@@ -123,7 +123,7 @@ def test_each_of_several_users_follows_all_together(folder):
 @pytest.mark.parametrize("gain, verdict, words", [
     (4, "ours", ["is more probable", "4.00 (3.26 to 4.74)", "prefers its answers: it wins 100.0 %"]),
     (-4, "base", ["is less probable", "-4.00 (-4.74 to -3.26)", "prefers Q_BASE's answers: it wins 0.0 %"]),
-    (0.1, "both", ["is not distinguishably more or less", "0.10 (-0.64 to 0.84)", "neither distinguishably: it wins 50.0"]),
+    (0.1, "both", ["is not distinguishably more", "0.10 (-0.64 to 0.84)", "neither distinguishably: it wins 50.0 %"]),
     (4, None, ["No verdict is readable"]), (4, "", ["No judge was asked"]), (None, "", ["nothing is shown"]),
     (None, "ours", ["log-probabilities were not measured. The judge prefers its answers"])])
 def test_the_words_of_the_headline_follow_the_intervals(gain, verdict, words):

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import scipy.stats
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import common
 import evaluate
@@ -18,6 +19,7 @@ import gold
 import simulate
 import train
 from conftest import ROOT, read_lines, save_model, write_rows
+from test_models import alone
 
 
 def rows_of(world, name="out.jsonl"):
@@ -64,27 +66,20 @@ def test_names_in_personas(text, name):
 
 
 def test_the_projects_own_data():
-    tasks = common.read_tasks(ROOT / "data/tasks.jsonl")
+    """Golds: one for each pair of a split's first nine tasks and the people of that split, who are in no other."""
+    tasks, examples = common.read_tasks(ROOT / "data/tasks.jsonl"), ROOT / "data/seed_personas.jsonl"
     assert Counter(row["split"] for row in tasks.values()) == {"A": 250, "B": 250, "test": 50}
     assert len({re.sub(r"\W+", " ", row["task"].lower()) for row in tasks.values()}) == 550
-    examples = [row["persona"] for row in read_lines(ROOT / "data/seed_personas.jsonl")]
-    assert len(set(examples)) == 21 and len({generate_personas.name_in(text) for text in examples} - {None}) == 21
-
-
-def test_the_projects_own_golds():
-    """One for each pair of a split's first nine tasks and the people of that split; no person is in both splits."""
+    personas, first = common.read_personas(examples), common.read_tasks(ROOT / "data/tasks.jsonl", 9)
+    assert len({generate_personas.name_in(row["persona"]) for row in personas.values()} - {None}) == 21
     rows = read_lines(ROOT / "data/golds.jsonl")
-    tasks = common.read_tasks(ROOT / "data/tasks.jsonl", 9)
-    personas = common.read_personas(ROOT / "data/seed_personas.jsonl")
-    assert [(row["task_id"], row["persona_id"]) for row in rows] == [
-        pair for split in ("A", "test") for pair in common.all_pairs(tasks, personas, split)]
-    assert all([*row] == ["task_id", "persona_id", "split", "gold"] for row in rows)
+    assert [common.pair_of(row) for row in rows] == [
+        pair for split in ("A", "test") for pair in common.all_pairs(first, personas, split)]
     assert all(row["split"] == tasks[row["task_id"]]["split"] for row in rows)
-    assert len({row["gold"] for row in rows}) == 189 and all(60 <= len(row["gold"].split()) <= 110 for row in rows)
+    assert len({row["gold"] for row in rows}) == 189
 
 
 # ------------------------------------------------------------ gold
-
 
 def test_limit_is_a_seeded_and_nested_sample_and_tasks_may_be_fewer(run, world, server):
     tasks = common.read_tasks(world.path("tasks.jsonl"))
@@ -182,12 +177,10 @@ def test_what_a_number_does_not_depend_on_is_no_setting_of_it(run, server, world
     select, scored = world.command("select", tiny), []
     score = common.LocalModel.score
     monkeypatch.setattr(common.LocalModel, "score", lambda *given: scored.append(1) or score(*given))
-    run(select_stage, *select)
-    os.remove(world.path("out.jsonl"))
-    for more in (["--pick", "random"], ["--k", 2, "--no-response"], ["--questioner", f"openai:m@{server.url}"]):
-        os.remove(world.path("out.jsonl.settings.json"))
+    for more in ([], ["--pick", "random"], ["--k", 2, "--no-response"], ["--questioner", f"openai:m@{server.url}"]):
         run(select_stage, *select, *more)
         os.remove(world.path("out.jsonl"))
+        os.remove(world.path("out.jsonl.settings.json"))
     run(select_stage, *select[:-1], world.path("elsewhere.jsonl"), "--pick", "random", "--scores",
         world.path("out.scores.jsonl"))
     assert len(scored) == 1
@@ -287,8 +280,6 @@ def test_random_selection_ignores_the_score(select_stage):
 
 
 def test_select_keeps_the_conversation_with_the_best_gold(run, world, tiny, select_stage):
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
     conversations = world.conversations("A", n=3)
     for row in conversations[:2]:
         row["refused"] = "user, turn 1: content_filter"
@@ -313,10 +304,7 @@ def test_select_keeps_the_conversation_with_the_best_gold(run, world, tiny, sele
             text += f"[INST] {turn['content']}{last} [/INST]" if i % 2 else f" {turn['content']}</s>"
         context = tokenizer(text, add_special_tokens=False)["input_ids"]
         gold = tokenizer(" " + gold_of[common.pair_of(row)], add_special_tokens=False)["input_ids"]
-        ids = torch.tensor([context + gold])
-        with torch.no_grad():
-            log_p = model(ids).logits[0].log_softmax(-1)
-        return sum(log_p[t - 1, ids[0, t]].item() for t in range(len(context), ids.shape[1]))
+        return alone(model, context + gold, len(gold))
 
     for kept in rows:
         rivals = {row["sample"]: log_prob(row) for row in conversations
@@ -455,18 +443,13 @@ def test_evaluation_from_end_to_end(run, world, tiny, server):
     assert "12 answered, 6 without a verdict" in out and win["variant"] == "main" and win["roleplayer"] == "stub"
     assert win["interval_95"][0] <= win["mean"] <= win["interval_95"][1]
 
-    gain = results["gold_log_prob_gain", "q_experimental", 1]    # by numpy, from the rows on disk
-    means = []
-    for rows in (rows_of(world, "e1/log_probs.jsonl"), base):
-        pairs = defaultdict(list)
-        for row in rows:
-            if row["condition"] == "q_experimental":
-                pairs[common.pair_of(row)].append(row["log_prob"])
-        means.append({pair: np.mean(pairs[pair]) for pair in pairs})
-    difference = {pair: means[0][pair] - means[1][pair] for pair in means[0]}
-    assert gain["n"] == 11 and gain["mean"] == pytest.approx(np.mean(list(difference.values())))
+    gain = results["gold_log_prob_gain", "q_experimental", 1]    # from the rows on disk
+    after, before = (evaluate.by_pair([row for row in rows if row["condition"] == "q_experimental"], "log_prob")
+                     for rows in (rows_of(world, "e1/log_probs.jsonl"), base))
+    difference = {pair: after[pair] - before[pair] for pair in after}
+    assert gain["n"] == 11 and gain["mean"] == pytest.approx(np.mean([*difference.values()]))
     assert gain["sem"] == pytest.approx(evaluate.clustered_sem(difference))
-    assert results["gold_log_prob", "q_experimental", 1]["mean"] == pytest.approx(np.mean(list(means[0].values())))
+    assert results["gold_log_prob", "q_experimental", 1]["mean"] == pytest.approx(np.mean([*after.values()]))
     assert ("gold_log_prob", "positive_control", 1) not in results
     assert ("gold_log_prob", "positive_control", 0) in results
 
