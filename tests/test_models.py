@@ -32,11 +32,6 @@ def scores(model, examples):
     return [scored[i] for i in range(len(examples))]
 
 
-def chats(count):
-    """Chats of different lengths."""
-    return [[{"role": "user", "content": f"{i} " * (1 + 7 * i % 23)}] for i in range(count)]
-
-
 def talks():
     """Requests for two or three samples of three pairs, in their first to third turn: 3 openings of very different
     lengths, 8 prompts of 30 to 350 bytes, with ends of very different lengths."""
@@ -50,8 +45,6 @@ def alone(model, ids, n):
     """The log-probability of the last n ids: all logits of one text, no padding."""
     logits = model(torch.tensor([ids])).logits[0].log_softmax(-1)
     return sum(logits[t - 1, ids[t]].item() for t in range(len(ids) - n, len(ids)))
-
-
 
 
 # ------------------------------------------------------------ generation
@@ -184,18 +177,15 @@ def test_nucleus_sampling_has_the_distribution_of_transformers_warpers(temperatu
 
 # ------------------------------------------------------------ folders, chats (test_templates.py has the families)
 
-def test_a_broken_folder_is_refused(tmp_path, capsys):
+def test_a_folder_without_some_weights_is_refused(tmp_path, capsys):
     folder = save_model(tmp_path / "m")
     model = AutoModelForCausalLM.from_pretrained(folder)
     state = model.state_dict()
     del state["model.layers.0.mlp.up_proj.weight"]
     model.save_pretrained(folder, state_dict=state)
-    for damage, message in ((lambda: None, "weights are missing, such as model.layers.0.mlp.up_proj.weight"),
-                            (lambda: open(f"{folder}/model.safetensors", "r+b").truncate(1000), "cannot be loaded")):
-        damage()
-        with pytest.raises(SystemExit):
-            local(folder)
-        assert message in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        local(folder)
+    assert "weights are missing, such as model.layers.0.mlp.up_proj.weight" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("old, new", [("assistant\n{% endif", "assistant\n<think>{% endif"),    # begins otherwise
