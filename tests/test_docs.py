@@ -110,15 +110,6 @@ def test_rows_functions_and_variables_that_the_pages_show_exist(select_stage):
         assert re.search(rf"\${{?{name}\b", loop), f"nothing reads {name}"
 
 
-def test_the_launchers_leave_the_stages_flags_alone():
-    """argparse takes a beginning of an option for the option: `torchrun simulate.py --n 10` would end in an error."""
-    from accelerate.commands.launch import launch_command_parser
-    from torch.distributed.run import get_args_parser
-    for launcher in (get_args_parser(), launch_command_parser()):
-        begun = [o for o in launcher._option_string_actions for f in flags(*SCRIPTS) if o.startswith(f) and o != f]
-        assert not begun or not launcher.allow_abbrev
-
-
 def test_the_top_level_is_seven_scripts_and_a_loop_short_and_made_of_nothing_below():
     tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True).stdout.splitlines()
     assert {path.split("/")[0] for path in tracked} <= {
