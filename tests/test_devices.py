@@ -128,10 +128,7 @@ def test_two_processes_write_in_all_stages_what_one_writes(world, tiny, server, 
     (world.folder / "short").mkdir()
     (world.folder / "short/elicitation.txt").write_text("Ask {name} about: {task}")
     run_stages([("evaluate", world.command("evaluate", tiny, output="e0"))])
-    results, files = {}, [
-        "simulate.jsonl", "simulate.jsonl.settings.json", "personas.jsonl", "personas.replies.jsonl", "gold.jsonl",
-        "select.jsonl", "select.scores.jsonl", "select.jsonl.settings.json", "evaluate/log_probs.jsonl",
-        "evaluate/responses.jsonl", "evaluate/verdicts.jsonl"]
+    results = {}
 
     def commands(folder):
         local = ["--dtype", "float32", "--output"]
@@ -151,13 +148,14 @@ def test_two_processes_write_in_all_stages_what_one_writes(world, tiny, server, 
     for name, start, more in (("one", run_stages, []), ("two", run_two, [three_steps(world, tiny, "accumulated", 1)])):
         server.requests.clear()
         capfd.readouterr()
-        (world.folder / name).mkdir()
-        _, err = start(commands(world.path(name)) + more) or capfd.readouterr()
+        (here := world.folder / name).mkdir()
+        _, err = start(commands(here) + more) or capfd.readouterr()
         asked = Counter((request["model"], request["seed"]) for request in server.requests)
         assert set(asked.values()) == {1} and Counter(model for model, _ in asked)["j"] == 24
         results[name] = asked, read_lines(world.path("results.jsonl")), {
-            file: (world.folder / name / file).read_bytes() for file in files}
-    assert results["one"] == results["two"]
+            str(file.relative_to(here)): file.read_bytes() for of in ("*.jsonl", "*.settings.json", "evaluate/*")
+            for file in here.glob(of)}
+    assert results["one"] == results["two"] and len(results["one"][2]) == 19, "nine files of rows, and ten of settings"
     assert "| 18/18 [" in err and "| 6/6 [" in err, "each scores and answers its half"
     assert results["one"][2]["personas.replies.jsonl"].count(b"\n") > 12, "a name was taken"
     alone, first, second = (torch.load(world.path(f"{file}")) for file in (
