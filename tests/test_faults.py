@@ -2,7 +2,6 @@
 
 Kills are real: a stage runs in a forked process (which saves the import of torch) and gets SIGKILL at a random moment.
 """
-import json
 import os
 import random
 import signal
@@ -78,22 +77,18 @@ def test_a_prompt_that_is_too_long_is_a_refused_row(name, flag, run, world, tiny
 
 # ------------------------------------------------------------ a server that fails
 
-FILTERED = {"error": {"message": "filtered", "code": "content_filter", "type": "x", "param": None}}
-
-
-@pytest.mark.parametrize("status, reply, refused", [
-    (400, FILTERED, f"400 {json.dumps(FILTERED)} (prompt)"), (200, completion("Gold", "abort"), "abort (answer)"),
-    (200, completion("<think>\nHm.", "length"), "a thought without an answer: raise --max-tokens, or switch thinking off"),
-    (200, completion("Gold.", "content_filter"), "content_filter (answer)"),
-    (200, completion("Gold.", refusal="half \ud83d"), "half ?"), (200, completion("\n "), "empty (finish_reason stop)"),
-    (200, completion(None, None), "empty (finish_reason None)"), (200, completion("half \ud83d", usage="many"), None)])
-def test_odd_replies_become_clean_rows(run, world, server, status, reply, refused):
-    server.reply = lambda request: (status, reply) if request["messages"][-1]["content"] != "Hi" else (200, "Hi.")
+@pytest.mark.parametrize("reply, refused", [
+    (completion("Gold", "abort"), "abort (answer)"), (completion("Gold.", "content_filter"), "content_filter (answer)"),
+    (completion("<think>\nHm.", "length"), "a thought without an answer: raise --max-tokens, or switch thinking off"),
+    (completion("Gold.", refusal="half \ud83d"), "half ?"), (completion("\n "), "empty (finish_reason stop)"),
+    (completion(None, None), "empty (finish_reason None)"), (completion("half \ud83d", usage="many"), None)])
+def test_odd_replies_become_clean_rows(run, world, server, reply, refused):
+    server.reply = lambda request: (200, reply)
     flags = [*world.command("gold", None, server.url), "--max-refused", 1]
     run(gold, *flags)
     assert {row.get("refused") for row in rows_of(world)} == {refused} and "\ufffd" not in str(rows_of(world))
     run(gold, *flags)
-    assert len(server.requests) == (12 if status == 200 else 24), "the same with other words"
+    assert len(server.requests) == 12
 
 
 @pytest.mark.parametrize("body", [[], None, {}, {"choices": [{}]}])

@@ -45,7 +45,7 @@ def test_personas_are_named_distinct_and_dealt_to_splits(run, server, world):
     assert [row["split"] for row in rows] == ["A", "A", "test", "test"]
     assert len({row["name"] for row in rows}) == 4 and len({row["persona"] for row in rows}) == 4
     assert all(row["name"].lower() in row["persona"].lower() and row["name"].istitle() for row in rows)
-    assert all(why in out for why in ("no name", "name taken", "a copy", "refused"))
+    assert all(why in out.splitlines()[-1] for why in ("no name", "name taken", "a copy", "refused"))
     calls = len(server.requests)
     run(generate_personas, *flags, 300)
     assert len(server.requests) == calls and rows_of(world) == rows
@@ -205,7 +205,6 @@ def test_what_a_number_does_not_depend_on_is_no_setting_of_it(run, server, world
 def test_turn_counts_are_uniform_and_the_same_for_a_pair_everywhere():
     turns = Counter(simulate.number_of_turns(f"A{i}", f"p{j}", 3, 42) for i in range(60) for j in range(50))
     assert set(turns) == {1, 2, 3} and all(abs(count - 1000) < 4 * math.sqrt(1000 * 2 / 3) for count in turns.values())
-    assert simulate.number_of_turns("A1", "p", 3, 1) == simulate.number_of_turns("A1", "p", 3, 1)
     assert len({tuple(simulate.number_of_turns(f"A{i}", "p", 3, s) for i in range(20)) for s in range(5)}) == 5
 
 
@@ -237,9 +236,9 @@ def test_a_refused_answer_ends_the_conversation_and_is_recorded(run, world, tiny
     server.reply = lambda request: (200, "Yes.") if "I'm Ann" not in request["messages"][1]["content"] else (
         400, {"error": {"message": "filtered", "code": "content_filter"}})
     out, _ = run(simulate, *world.command("simulate", tiny, server.url), "--max-refused", 0.5)
-    for row in rows_of(world):
-        assert ("refused" in row) == (row["persona_id"] == "Ap0")
-        assert re.fullmatch(r"user, turn 1: 400 .*content_filter.* \(prompt\)", row.get("refused", "user, turn 1: 400 content_filter (prompt)"))
+    refused = [row for row in rows_of(world) if "refused" in row]
+    assert {row["persona_id"] for row in refused} == {"Ap0"}
+    assert all(re.fullmatch(r"user, turn 1: 400 .*content_filter.* \(prompt\)", row["refused"]) for row in refused)
     assert "24 rows, 8 refused" in out
 
 
