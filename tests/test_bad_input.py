@@ -73,17 +73,13 @@ class Bench:
     def files(self):
         return {path: path.read_bytes() for path in self.folder.rglob("*") if path.is_file()}
 
-    def begun(self, stage, settings=None):
-        """Runs a stage, and spoils or removes the settings beside its output."""
+    def torn(self, stage):
+        """Runs a stage, and tears the settings beside its output."""
         self.make(stage)
         path = self.folder / {"train": "out.settings.json", "evaluate": "out/log_probs.jsonl.settings.json"}.get(
             stage, "out.jsonl.settings.json")
-        path.write_text(settings) if settings else path.unlink()
+        path.write_text("{")
         return []
-
-    def folder_there(self):
-        (self.folder / "out.jsonl").mkdir()
-        (self.folder / "out.jsonl/kept").write_text("kept")
 
 
 TASKS, NOBODY = ("tasks", "gold", "talks", "chosen", "test"), "http://127.0.0.1:9/v1"
@@ -119,17 +115,13 @@ CASES = {                                                         # name -> stag
     **{f"no server: {stage}": (
         stage, lambda b, flag=flag: [flag, f"openai:m@{NOBODY}", "--limit", 1], "Connection error")
        for stage, flag in (("gold", "--oracle"), ("simulate", "--roleplayer"))},
-    **{f"the output is a folder: {stage}": (stage, Bench.folder_there, r"out\.jsonl: not written by this stage")
-       for stage in ("gold", "select")},
     "the output is a file: evaluate": ("evaluate", lambda b: write_rows(b.folder / "out", []) and [], r"out.*: "),
-    **{f"no settings: {stage}": (stage, lambda b, stage=stage: b.begun(stage), "not written by this stage")
+    **{f"torn settings: {stage}": (stage, lambda b, stage=stage: b.torn(stage), "not written by this stage")
        for stage in STAGES},
-    "torn settings": ("gold", lambda b: b.begun("gold", "{"), "not written by this stage"),
     "nothing to train on": ("train", lambda b: ["--max-length", 9], "no example to train on"),
     "nothing to select": ("select", lambda b: write_rows(b.path("talks"), []) and [], r"talks\.jsonl: "),
     **{f"{flag} {value}": ("gold", lambda b, flag=flag, value=value: [flag, value], f"argument {flag}")
        for flag, value in (("--limit", "0"), ("--temperature", "nan"), ("--extra", "{"), ("--max-tokens", "none"))},
-    "--splits A=0": ("generate_personas", lambda b: ["--splits", "A=0"], "argument --splits"),
 }
 
 
