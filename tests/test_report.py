@@ -341,8 +341,7 @@ def test_what_is_drawn_is_what_was_measured(folder):
     (lambda run: [path.unlink() for path in run.rglob("test.jsonl")], "which is not in"),
     (lambda run: [path.unlink() for path in run.rglob("*.settings.json")], "no evaluation of split test"),
     (lambda run: [path.unlink() for path in run.rglob("verdicts.jsonl")], "verdicts.jsonl: No such file"),
-    (lambda run: (run / "gold-test.jsonl").write_text(""), "no gold response for"),
-    (lambda run: (run / "personas.jsonl").unlink(), "personas.jsonl")])
+    (lambda run: (run / "gold-test.jsonl").write_text(""), "no gold response for")])
 def test_what_is_missing_is_said_in_one_line(folder, run, spoil, says):
     spoil(folder)
     _, error = run(report, folder, status=2)
