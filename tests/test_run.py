@@ -34,32 +34,29 @@ def of(commands, script, folder=""):
     return [flags for name, flags in commands if name == script and folder in flags.get("--output", [""])[0]]
 
 
-def first(flags, *names):
-    """The first word of each of these flags, or None."""
-    return tuple(flags.get(f"--{name}", [None])[0] for name in names)
+def said(commands, script, *names, folder=""):
+    """What these flags say in each command of a script, into a folder: a text or None; of several flags a tuple."""
+    rows = [tuple(" ".join(flags[f"--{name}"]) if f"--{name}" in flags else None for name in names)
+            for flags in of(commands, script, folder)]
+    return rows if len(names) > 1 else [value for value, in rows]
 
 
 def test_the_full_run():
     commands, world = printed(), "http://127.0.0.1:8765/v1"
     assert [name for name, _ in commands[:3]] == ["toy/world.py", "generate_personas.py", "gold.py"]
     assert [name for name, _ in commands[-2:]] == ["toy/check.py", "report/report.py"]
-    assert [flags["--split"] for flags in of(commands, "gold.py")] == [["A"], ["B"], ["test"]]
-    for variant in ("main", "no_reg", "gold"):
-        models = of(commands, "train.py", f"r/{variant}/")
-        assert [flags["--output"][0] for flags in models] == [f"r/{variant}/{t}/model" for t in (1, 2, 3)]
-        target = {"main": "response", "no_reg": "none", "gold": "gold"}[variant]
-        assert {first(flags, "base", "target") for flags in models} == {("toy/base", target)}, "each starts from Q_BASE"
+    assert said(commands, "gold.py", "split") == ["A", "B", "test"]
+    for variant, target in (("main", "response"), ("no_reg", "none"), ("gold", "gold")):
+        here, no_response = f"r/{variant}", None if variant == "main" else ""
+        assert said(commands, "train.py", "output", "base", "target", "selected", folder=f"{here}/") == [
+            (f"{here}/{t}/model", "toy/base", target, f"{talked}/selected.jsonl")
+            for t, talked in ((1, "r/base"), (2, f"{here}/2"), (3, f"{here}/3"))], "each starts from Q_BASE"
         # Q_{t-1} asks and answers on A, B, A; iteration 1 is shared.
-        talks = of(commands, "simulate.py", f"r/{variant}/2/conv") + of(commands, "simulate.py", f"r/{variant}/3/conv")
-        assert [first(flags, "questioner", "split") for flags in talks] == [
-            (f"r/{variant}/1/model", "B"), (f"r/{variant}/2/model", "A")]
-        selections = of(commands, "select.py", f"r/{variant}/")
-        assert [first(flags, "questioner", "gold") for flags in selections] == [
-            (f"r/{variant}/1/model", "r/gold-B.jsonl"), (f"r/{variant}/2/model", "r/gold-A.jsonl")]
-        assert all(("--no-response" in flags) == (variant != "main") and "--pick" not in flags for flags in selections)
-        assert [flags["--selected"][0] for flags in models] == [
-            "r/base/selected.jsonl", *(f"r/{variant}/{t}/selected.jsonl" for t in (2, 3))]
-    assert {flags["--split"][0] for flags in of(commands, "simulate.py", "base/conversations")} == {"A"}
+        assert [said(commands, "simulate.py", "questioner", "split", folder=f"{here}/{t}/conv") for t in (2, 3)] == [
+            [(f"{here}/1/model", "B")], [(f"{here}/2/model", "A")]]
+        assert said(commands, "select.py", "questioner", "gold", "no-response", "pick", folder=f"{here}/") == [
+            (f"{here}/{t}/model", f"r/gold-{split}.jsonl", no_response, None) for t, split in ((1, "B"), (2, "A"))]
+    assert {*said(commands, "simulate.py", "split", folder="base/conversations")} == {"A"}
     # (variant, iteration, who answers, on which conversations, into which folder, against which answers of Q_BASE)
     other = "r/other_user/roleplayer-terse"
     own = {v: [(v, t, f"r/{v}/{t}/model", f"r/{v}/{t}/test.jsonl", f"r/{v}/{t}/test", "r/base/test") for t in (1, 2, 3)]
@@ -71,33 +68,29 @@ def test_the_full_run():
         ("main", 0, "toy/base", f"{other}/base/test.jsonl", f"{other}/base/test", None),
         *[("main", t, f"r/main/{t}/model", f"{other}/{t}/test.jsonl", f"{other}/{t}/test", f"{other}/base/test")
           for t in (1, 2, 3)], *own["no_reg"], *own["gold"]]
-    assert [first(flags, "variant", "iteration", "questioner", "conversations", "output", "baseline")
-            for flags in of(commands, "evaluate.py")] == [(variant, str(t), *rest) for variant, t, *rest in expected]
-    assert [first(flags, "variant", "iteration", "conversations", "responses")
-            for flags in of(commands, "toy/measure.py")] == [
+    assert said(commands, "evaluate.py", "variant", "iteration", "questioner", "conversations", "output",
+                "baseline") == [(variant, str(t), *rest) for variant, t, *rest in expected]
+    assert said(commands, "toy/measure.py", "variant", "iteration", "conversations", "responses") == [
         (variant, str(t), talk, f"{folder}/responses.jsonl") for variant, t, _, talk, folder, _ in expected]
     # Each of those conversations is its own Questioner's with the right user.
-    asked = {flags["--output"][0]: first(flags, "questioner", "roleplayer")
-             for flags in of(commands, "simulate.py") if flags["--split"] == ["test"]}
-    assert asked == {talk: (f"r/main/{t}/model" if variant == "base_answers" else model,
-                            f"openai:roleplayer{'-terse' if 'other_user' in talk else ''}@{world}")
+    asked = {talk: who for talk, split, *who in said(
+        commands, "simulate.py", "output", "split", "questioner", "roleplayer") if split == "test"}
+    assert asked == {talk: [f"r/main/{t}/model" if variant == "base_answers" else model,
+                            f"openai:roleplayer{'-terse' if 'other_user' in talk else ''}@{world}"]
                      for variant, t, model, talk, *_ in expected}
 
 
 def test_the_controls_select_in_another_way():
     commands = printed(VARIANTS="main random permuted", ITERATIONS="2")
-    for control, golds in (("random", "gold"), ("permuted", "permuted")):
-        selections = of(commands, "select.py", f"r/{control}/")
-        assert [(flags.get("--pick"), *flags["--gold"]) for flags in selections] == [
-            (["random"] if control == "random" else None, f"r/{golds}-{split}.jsonl") for split in "AB"]
-        assert selections[0]["--conversations"] == ["r/base/conversations.jsonl"]
-        assert [flags["--scores"] for flags in selections] == [
-            [f"r/base/scores-{golds}.jsonl"], [f"r/{control}/2/scores-{golds}.jsonl"]], "main's, where there is one"
-        assert [flags["--selected"] for flags in of(commands, "train.py", f"r/{control}/")] == [
-            flags["--output"] for flags in selections]
-        assert all(flags["--target"] == ["response"] for flags in of(commands, "train.py", f"r/{control}/"))
-    assert {first(flags, "pick", "gold") for flags in of(commands, "select.py", "/base/")} == {(None, "r/gold-A.jsonl")}
-    assert [first(flags, "gold", "output") for flags in of(commands, "toy/permute.py")] == [
+    for control, golds, pick in (("random", "gold", "random"), ("permuted", "permuted", None)):
+        here = f"r/{control}/"
+        assert said(commands, "select.py", "pick", "gold", "conversations", "scores", folder=here) == [
+            (pick, f"r/{golds}-{split}.jsonl", f"{talked}conversations.jsonl", f"{talked}scores-{golds}.jsonl")
+            for split, talked in (("A", "r/base/"), ("B", f"{here}2/"))], "main's scores, where there are some"
+        assert said(commands, "train.py", "selected", "target", folder=here) == [
+            (selected, "response") for selected in said(commands, "select.py", "output", folder=here)]
+    assert {*said(commands, "select.py", "pick", "gold", folder="/base/")} == {(None, "r/gold-A.jsonl")}
+    assert said(commands, "toy/permute.py", "gold", "output") == [
         (f"r/gold-{split}.jsonl", f"r/permuted-{split}.jsonl") for split in "AB"]
 
 
@@ -105,30 +98,30 @@ def test_who_asks_and_who_answers():
     """Before and after training; the hidden prompt; the golds after each question; untrained models."""
     commands = printed("smoke", VARIANTS="main base_questions hidden turns models", ITERATIONS="2",
                        MODELS="a/b openai:c/d@http://x:1/v1")
-    who = ("questioner", "conversations", "response-prompt", "metrics", "turns")
-    asked = {first(flags, "variant", "iteration"): tuple(filter(None, first(flags, *who)))
-             for flags in of(commands, "evaluate.py")}
+    asked = {(variant, t): tuple(filter(None, who)) for variant, t, *who in said(
+        commands, "evaluate.py", "variant", "iteration", "questioner", "conversations", "response-prompt", "metrics",
+        "turns")}
     hidden = "prompts/personalisation.txt"
     assert asked["base_questions", "2"] == ("r/main/2/model", "r/base/test.jsonl", "win_rate")
     assert asked["base_hidden", "1"] == ("toy/base", "r/base/test.jsonl", hidden, "win_rate")
     assert asked["hidden", "1"] == ("r/hidden/1/model", "r/hidden/1/test.jsonl"), "after training without the prompt"
-    assert [flags.get("--response-prompt") for flags in of(commands, "select.py", "/hidden/")] == [[hidden], [hidden]]
+    assert said(commands, "select.py", "response-prompt", folder="/hidden/") == [hidden, hidden]
     assert asked["main-after-2", "0"] == ("toy/base", "r/base/test.jsonl", "log_prob", "2")
     assert asked["main-after-1", "2"] == ("r/main/2/model", "r/main/2/test.jsonl", "log_prob", "1")
     assert asked["a/b", "1"] == ("a/b", "r/models/a-b/test.jsonl")
     assert asked["c/d", "1"] == ("openai:c/d@http://x:1/v1", "r/models/c-d/test.jsonl")
-    assert not any("-after-" in flags["--variant"][0] for flags in of(commands, "toy/measure.py")), "no responses"
+    assert not any("-after-" in variant for variant in said(commands, "toy/measure.py", "variant")), "no responses"
     commands = printed("smoke", VARIANTS="main turns", SIMULATE_FLAGS="--max-turns 2")
-    assert {flags["--turns"][0] for flags in of(commands, "evaluate.py", "-after-")} == {"1"}
+    assert {*said(commands, "evaluate.py", "turns", folder="-after-")} == {"1"}
 
 
 def test_no_more_is_bought_than_is_needed():
-    assert [flags["--split"] for flags in of(printed("paper", ITERATIONS="1", **WHO), "gold.py")] == [["A"], ["test"]]
+    assert said(printed("paper", ITERATIONS="1", **WHO), "gold.py", "split") == ["A", "test"]
     commands = printed("paper", VARIANTS="models", MODELS="m", **WHO)
-    assert [flags["--split"] for flags in of(commands, "gold.py")] == [["test"]]
+    assert said(commands, "gold.py", "split") == ["test"]
     assert not of(commands, "train.py") + of(commands, "select.py") and len(of(commands, "evaluate.py")) == 2
     commands = printed("paper", JUDGE="", VARIANTS="main no_reg", **WHO)
-    assert all(flags["--metrics"] == ["log_prob"] and "--judge" not in flags for flags in of(commands, "evaluate.py"))
+    assert {*said(commands, "evaluate.py", "metrics", "judge")} == {("log_prob", None)}
     rehearsal = printed("paper", LIMIT="6", ITERATIONS="1", RUN="", **WHO)
     assert all(flags["--limit"] == ["6"] and flags["--output"][0].startswith("runs/paper-6/")
                for name, flags in rehearsal if "report" not in name)
@@ -138,27 +131,26 @@ def test_the_papers_run():
     commands = printed("paper", **WHO)
     for flag in ("--lr", "--epochs", "--batch-size", "--temperature", "--max-tokens", "--limit"):
         assert not any(flag in flags for _, flags in commands), f"{flag}: the stages' defaults are the paper's"
-    assert all(flags["--samples"] == ["10"] for flags in of(commands, "simulate.py"))
-    assert all(flags["--rounding"] == ["stochastic"] for flags in of(commands, "train.py"))
+    assert {*said(commands, "simulate.py", "samples")} == {"10"}
+    assert {*said(commands, "train.py", "rounding")} == {"stochastic"}
     small = printed("small", **WHO)
-    assert all(flags["--tasks-per-split"] == ["20"] for flags in of(small, "simulate.py") + of(small, "gold.py"))
-    assert of(small, "generate_personas.py")[0]["--splits"] == ["A=10,B=10,test=10"]
+    assert {*said(small, "simulate.py", "tasks-per-split"), *said(small, "gold.py", "tasks-per-split")} == {"20"}
+    assert said(small, "generate_personas.py", "splits") == ["A=10,B=10,test=10"]
     assert all(flags["launch"] == ["python"] for _, flags in small), "one card"
 
 
 def test_a_users_flags_come_last_and_the_judges_arguments_are_the_judges_alone():
-    commands = printed("paper", SIMULATE_FLAGS="--samples 3 --top-p 1", EXTRA='{"a b": 1}',
-                       SERVER_FLAGS="--concurrency 9", **WHO)
-    assert {first(flags, "samples", "top-p", "system") for flags in of(commands, "simulate.py")} == {("3", "1", "fold")}
+    commands = printed("paper", SIMULATE_FLAGS="--samples 3 --top-p 1", SERVER_FLAGS="--concurrency 9",
+                       EXTRA=(extra := '{"a b": 1}'), **WHO)
+    assert {*said(commands, "simulate.py", "samples", "top-p", "system")} == {("3", "1", "fold")}
     assert all(flags.get("--concurrency") == (["9"] if name not in ("train.py", "report/report.py") else None)
                for name, flags in commands)
-    with_extra = {name for name, flags in commands if flags.get("--extra") == ['{"a b": 1}']}
+    with_extra = {name for name, flags in commands if flags.get("--extra") == [extra]}
     assert with_extra == {"generate_personas.py", "gold.py"}
-    assert all(flags["--judge-extra"] == ['{"a b": 1}'] for flags in of(commands, "evaluate.py") if "--judge" in flags)
+    assert {more for judge, more in said(commands, "evaluate.py", "judge", "judge-extra") if judge} == {extra}
     commands = printed("toy", SAMPLES="5", TEST_SAMPLES="2", TRAIN_FLAGS="--lr 1")
-    assert {first(flags, "split", "samples") for flags in of(commands, "simulate.py")} == {
-        ("A", "5"), ("B", "5"), ("test", "2")}
-    assert all(flags["--lr"] == ["1"] for flags in of(commands, "train.py"))
+    assert {*said(commands, "simulate.py", "split", "samples")} == {("A", "5"), ("B", "5"), ("test", "2")}
+    assert {*said(commands, "train.py", "lr")} == {"1"}
 
 
 def test_data_of_ones_own():
@@ -171,36 +163,34 @@ def test_data_of_ones_own():
     for flag, value in (("--personas", "p.jsonl"), ("--tasks", "mine.jsonl"), ("--base", "m")):
         assert {flags[flag][0] for _, flags in commands if flag in flags} == {value}
     own = printed("paper", EXAMPLES="e.jsonl", TASKS_PER_SPLIT="7", PERSONA_SPLITS="A=2,test=3", **WHO)
-    assert first(own[0][1], "examples", "splits") == ("e.jsonl", "A=2,test=3")
-    assert {flags["--tasks-per-split"][0] for flags in of(own, "simulate.py")} == {"7"}
-    assert [flags["--split"] for flags in of(printed("toy", SPLIT="dev"), "gold.py")] == [["A"], ["B"], ["dev"]]
+    assert said(own, "generate_personas.py", "examples", "splits") == [("e.jsonl", "A=2,test=3")]
+    assert {*said(own, "simulate.py", "tasks-per-split")} == {"7"}
+    assert said(printed("toy", SPLIT="dev"), "gold.py", "split") == ["A", "B", "dev"]
 
 
 def test_a_laptop():
     """No judge, no Oracle: golds and users come from one file, and what was told is measured after each evaluation."""
-    commands = printed("laptop", BASE="m", PROMPTS="p")
+    commands, measured = printed("laptop", BASE="m", PROMPTS="p"), ("variant", "iteration", "conversations")
     assert [name for name, _ in commands[:3]] == ["data/in3.py", "simulate.py", "evaluate.py"]
     for flag, value in (("--gold", "r/data/gold.jsonl"), ("--tasks", "r/data/tasks.jsonl"), ("--prompts", "p")):
         used = [flags[flag] for name, flags in commands if flag in flags and name != "toy/permute.py"]
         assert {value} == {word for words in used for word in words} - {"r/permuted-A.jsonl"}, flag
-    assert all(flags["--metrics"] == ["log_prob"] and "--judge" not in flags for flags in of(commands, "evaluate.py"))
-    assert [first(flags, "variant", "iteration", "conversations") for flags in of(commands, "people/measure.py")] == [
-        first(flags, "variant", "iteration", "conversations") for flags in of(commands, "evaluate.py")]
+    assert {*said(commands, "evaluate.py", "metrics", "judge")} == {("log_prob", None)}
+    assert said(commands, "people/measure.py", *measured) == said(commands, "evaluate.py", *measured)
     own = printed("laptop", BASE="m", GOLD="g.jsonl", PERSONAS="p.jsonl", TASKS="t.jsonl", VARIANTS="main")
-    assert {name for name, _ in own} == {f"{name}.py" for name in "simulate evaluate select train report/report".split()}
-    assert {(flags["--gold"][0], flags["--tasks"][0]) for flags in of(own, "select.py")} == {("g.jsonl", "t.jsonl")}
+    assert {name for name, _ in own} == {*"simulate.py evaluate.py select.py train.py report/report.py".split()}
+    assert {*said(own, "select.py", "gold", "tasks")} == {("g.jsonl", "t.jsonl")}
 
 
 def test_several_users():
     commands = printed("paper", VARIANTS="main other_user", ITERATIONS="1", ORACLE="o", ROLEPLAYER="a b",
                        TEST_ROLEPLAYER="c", OTHER_ROLEPLAYER="google/gemma openai:x/y@http://h/v1")
-    played = {flags["--output"][0]: flags["--roleplayer"] for flags in of(commands, "simulate.py")}
-    assert played["r/base/conversations.jsonl"] == ["a", "b"] and played["r/main/1/test.jsonl"] == ["c"]
+    played = dict(said(commands, "simulate.py", "output", "roleplayer"))
+    assert played["r/base/conversations.jsonl"] == "a b" and played["r/main/1/test.jsonl"] == "c"
     for name, spec in (("google-gemma", "google/gemma"), ("x-y", "openai:x/y@http://h/v1")):
         there = f"r/other_user/{name}"
-        assert played[f"{there}/base/test.jsonl"] == played[f"{there}/1/test.jsonl"] == [spec]
-        assert [first(flags, "baseline")[0] for flags in of(commands, "evaluate.py", f"{there}/")] == [
-            None, f"{there}/base/test"]
+        assert played[f"{there}/base/test.jsonl"] == played[f"{there}/1/test.jsonl"] == spec
+        assert said(commands, "evaluate.py", "baseline", folder=f"{there}/") == [None, f"{there}/base/test"]
 
 
 def test_gpus_and_engines():
