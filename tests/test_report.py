@@ -52,12 +52,12 @@ def talk_of(pair):
 
 
 def evaluation(run, where, t, nats=BASE_NATS.get, response=lambda pair: "x", verdict=None, talks=talk_of,
-               orders=("ours_first",), who=None, **settings):
+               orders=("ours_first",), more=lambda pair, sample: {}, **settings):
     """What simulate.py and evaluate.py would write."""
     (run / where / "test").mkdir(parents=True)
     write_rows(run / where / "test.jsonl", [
-        {**ids(pair), "sample": sample, "split": "test", "conversation": talks(pair),
-         **({"roleplayer": who(pair)} if who else {})} for pair in PAIRS for sample in (0, 1)])
+        {**ids(pair), "sample": sample, "split": "test", "conversation": talks(pair), **more(pair, sample)}
+        for pair in PAIRS for sample in (0, 1)])
     settings = {"split": "test", "iteration": t, "variant": "main", "roleplayer": "user", "judge": "openai:judge",
                 "base": "b (0)", "conversations": common.fingerprint(str(run / where / "test.jsonl")), **settings}
     conditions = [("q_experimental", 0, -0.5), ("q_experimental", 1, 0.5), ("q_random", 0, -1.5), ("q_random", 1, -0.5)]
@@ -110,7 +110,7 @@ def test_each_model_in_one_line(folder):
 def test_each_of_several_users_follows_all_together(folder):
     evaluation(folder, "mixed/base", 0, roleplayer="anna + m")
     evaluation(folder, "mixed/1", 1, lambda pair: BASE_NATS[pair] + GAINS[pair], roleplayer="anna + m",
-               verdict=VERDICTS.get, who=lambda pair: "anna" if pair[0] == "t0" else "m")
+               verdict=VERDICTS.get, more=lambda pair, _: {"roleplayer": "anna" if pair[0] == "t0" else "m"})
     rows = {row["model"]: row for row in report.summary(evaluations(folder))}
     name = "main, t=1 (anna + m)"
     assert list(rows) == ["Q_BASE", "main, t=1", "Q_BASE (anna + m)", name, f"{name}: anna", f"{name}: m"]
@@ -181,22 +181,15 @@ def test_questions_and_simulated_users(folder):
     talks = {"p0": talk("Your job?", "Tea, no?", "Your job?", "A job, no？"),
              "p1": talk("Your job?", "Tea & cake a lot."), "p2": talk("Where do you live?", "You should buy our own.")}
     evaluation(folder, "main/1", 1, talks=lambda pair: talks[pair[1]])
-    path = folder / "main/1/test.jsonl"
-    row = list(report.conversations(evaluations(folder), common.read_personas(folder / "personas.jsonl")))[1]
+    marks = {(PAIRS[0], 0): {"cut": 1}, (PAIRS[0], 1): {"refused": "no"}}
+    evaluation(folder, "no_reg/1", 1, variant="no_reg", more=lambda *key: marks.get(key, {}))
+    _, row, marked = report.conversations(evaluations(folder), common.read_personas(folder / "personas.jsonl"))
     # "I'm p1. I like tea & cake a lot.": 8 words, "tea", "cake", "a", "lot" of them in the answer; of p0's 1, then 1.
     expected = {"repeated": 50 / 3, "asked of others": 200 / 3, "asks back": 100 / 3,
                 "persona told": 100 * (1 / 8 + 4 / 8) / 3}
     assert {name: number(row[name]) for name in expected} == {name: round(x, 1) for name, x in expected.items()}
     assert row["model"] == "main, t=1" and row["conversations"] == "12" and number(row["words"]) == round(8 / 3, 1)
-    rows = read_lines(path)
-    for i, mark in ((0, {"cut": 1}), (1, {"refused": "no"})):
-        rows[i] |= mark
-    write_rows(path, rows)
-    for file in folder.rglob("main/1/test/*.settings.json"):
-        settings = json.loads(file.read_text())
-        file.write_text(json.dumps(settings | {"conversations": common.fingerprint(str(path))}))
-    row = list(report.conversations(evaluations(folder), common.read_personas(folder / "personas.jsonl")))[1]
-    assert (row["conversations"], row["cut"], row["refused"]) == ("11", "1", "1")
+    assert (marked["conversations"], marked["cut"], marked["refused"]) == ("11", "1", "1")
 
 
 def test_gain_a_turn_of_shortened_conversations(folder):
