@@ -181,7 +181,7 @@ def test_questions_and_simulated_users(folder):
     talks = {"p0": talk("Your job?", "Tea, no?", "Your job?", "A job, no？"),
              "p1": talk("Your job?", "Tea & cake a lot."), "p2": talk("Where do you live?", "You should buy our own.")}
     evaluation(folder, "main/1", 1, talks=lambda pair: talks[pair[1]])
-    marks = {(PAIRS[0], 0): {"cut": 1}, (PAIRS[0], 1): {"refused": "no"}}
+    marks = {(PAIRS[0], 0): {"cut": 1}, (PAIRS[0], 1): {"refused": "no"}, (PAIRS[1], 1): {"refused": "no"}}
     evaluation(folder, "no_reg/1", 1, variant="no_reg", more=lambda *key: marks.get(key, {}))
     _, row, marked = report.conversations(evaluations(folder), common.read_personas(folder / "personas.jsonl"))
     # "I'm p1. I like tea & cake a lot.": 8 words, "tea", "cake", "a", "lot" of them in the answer; of p0's 1, then 1.
@@ -189,7 +189,7 @@ def test_questions_and_simulated_users(folder):
                 "persona told": 100 * (1 / 8 + 4 / 8) / 3}
     assert {name: number(row[name]) for name in expected} == {name: round(x, 1) for name, x in expected.items()}
     assert row["model"] == "main, t=1" and row["conversations"] == "12" and number(row["words"]) == round(8 / 3, 1)
-    assert (marked["conversations"], marked["cut"], marked["refused"]) == ("11", "1", "1")
+    assert (marked["conversations"], marked["cut"], marked["refused"]) == ("10", "1", "2")
 
 
 def test_gain_a_turn_of_shortened_conversations(folder):
