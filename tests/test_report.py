@@ -103,8 +103,6 @@ def test_each_model_in_one_line(folder):
           ((gains - mean).sum(1), (gains - mean).sum(0), (gains - mean).ravel())]
     half = scipy_stats.t.ppf(0.975, 1) * max(by[0] + by[1] - by[2], by[2]) ** 0.5
     assert main["gain"] == f"{mean:.2f} ({mean - half:.2f} to {mean + half:.2f})"
-    shutil.rmtree(folder / "base")
-    assert list(report.summary(evaluations(folder)))[0]["gain"] == "-", "nothing to compare with"
 
 
 def test_each_of_several_users_follows_all_together(folder):
