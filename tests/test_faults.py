@@ -4,7 +4,9 @@ Kills are real: a stage runs in a forked process (which saves the import of torc
 """
 import os
 import random
+import resource
 import signal
+import subprocess
 import sys
 import threading
 import time
@@ -18,7 +20,7 @@ import common
 import evaluate
 import generate_personas
 import gold
-from conftest import World, completion, load_stage, read_lines, save_model, write_rows
+from conftest import ROOT, World, completion, load_stage, read_lines, save_model, write_rows
 
 STAGES = ("generate_personas", "gold", "simulate", "select", "train", "evaluate")
 
@@ -211,7 +213,7 @@ def test_leftovers_of_kills_at_the_worst_moments(tmp_path, monkeypatch):
     assert (tmp_path / "x.jsonl.part-0-copy").read_text() == "mine\n", "it only looks like a part"
 
 
-# ------------------------------------------------------------ lasting failures, Ctrl-C
+# ------------------------------------------------------------ lasting failures, Ctrl-C, disks, pipes
 
 def test_a_server_that_fails_for_good_loses_no_answer_not_even_those_under_way(world, server, tmp_path):
     """And asks for nothing new. 12 calls, 4 at a time: the sixth fails while others are answered slowly."""
@@ -250,3 +252,24 @@ def test_ctrl_c_is_one_line_and_keeps_what_is_done(name, world, tiny, server, sh
     said = (tmp_path / "log").read_text().splitlines()
     assert any(line.endswith("interrupted. What is done is kept: start again with the same flags.") for line in said)
     assert "Traceback" not in str(said) and read_lines(common.unfinished(world.path("out.jsonl"))[0])
+
+
+def test_a_full_disk_is_one_line_and_the_next_run_goes_on(world, server, tmp_path):
+    server.reply = lambda request: (200, f"Gold {request['seed']} " + "and so on " * 60)
+    flags, endless = [*world.command("gold", None, server.url), "--concurrency", 1], resource.RLIM_INFINITY
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4000, endless))  # bytes of a file; the forked process inherits it
+    pid = forked(gold, flags, tmp_path / "full")
+    resource.setrlimit(resource.RLIMIT_FSIZE, (endless, endless))
+    assert wait(pid) == 2
+    said, = [line for line in (tmp_path / "full").read_text().splitlines() if "error: " in line]
+    assert "File too large" in said and "what is done is kept" in said and 3 < len(server.requests) < 9
+    assert not Path(world.path("out.jsonl")).exists()
+    assert wait(forked(gold, flags, tmp_path / "log")) == 0 and len(rows_of(world)) == 12
+    assert len(server.requests) <= 12 + 2, "those that did not fit, and no others, are asked for again"
+
+
+def test_a_reader_that_has_read_enough_gets_no_complaint():
+    count = "import common; common.run(lambda: [print(i, flush=True) for i in range(10 ** 6)])"
+    told = subprocess.run(["bash", "-c", f"set -o pipefail; {sys.executable} -c '{count}' | head -1"], cwd=ROOT,
+                          capture_output=True)
+    assert (told.returncode, told.stdout, told.stderr) == (141, b"0\n", b"")
