@@ -1,31 +1,25 @@
-"""How fast each heavy stage is against what people would use instead, and how time and memory grow with the data.
+"""How fast each heavy stage is against what people would use instead: the table of docs/speed.md.
 
-    python benchmarks/run.py                    # prints a row for each line below; adds it to runs/benchmarks.jsonl
+    python benchmarks/run.py                                    # a row for each line below
+    python benchmarks/run.py --only score --words 32000         # with as many words as Mistral has
     python benchmarks/run.py --only simulate score --hidden 4096 --layers 32 --words 32000 --dtype bfloat16 --rows 160
-                                                 # a 7B, on a GPU
+                                                                # a 7B, on a GPU
     simulate      3 turns, 10 samples a pair   wrapper: `generate` on batches in the order of the data, padded on the
                                                left; a batch goes on until its longest answer has ended
     score         gold log-probabilities       wrapper: batches in the order of the data, logits of all positions
-    score-32000   the same, 32,000 words
     train         a step of 64 texts           wrapper: micro-batches in the order of the data, all logits
     trl           the same step                TRL's SFTTrainer, grouped by length (with .3 s for its own start)
-    scaling       the stages themselves: toy/base talks with itself about 1, 2 and 4 times --pairs, and resumes a
-                  finished file of 125,000 conversations; MiB: the most that the process held
 
 The model is random, of Mistral's shape. Texts are random words with the lengths of real ones: elicitation prompts of
 450 tokens, conversations of 100 to 400, gold responses of 100 to 250, answers of 40 on average (geometric, at most
 200). Both sides run in turn. Before anything is timed their results are compared: `difference` is the share of
 conversations that are not the same to the letter, or the largest of a token's log-probability, or that of the losses.
 A ratio is their time / ours: the median of the rounds, the least, the most. Time is processor time, which is disturbed
-less by other programs on the machine; with a GPU it is the clock's. Rows also carry the machine and the configuration.
+less by other programs on the machine; with a GPU it is the clock's.
 """
 import argparse
 import json
 import math
-import os
-import platform
-import re
-import subprocess
 import sys
 import tempfile
 import time
@@ -217,11 +211,10 @@ def compare_trl(folder, args):
     return our_step(folder, args), lambda: trainer.train().training_loss, lambda a, b: abs(a - b), 1e-4
 
 
-COMPARISONS = {"simulate": compare_simulate, "score": compare_score, "score-32000": compare_score,
-               "train": compare_train, "trl": compare_trl}
+COMPARISONS = {"simulate": compare_simulate, "score": compare_score, "train": compare_train, "trl": compare_trl}
 
 
-# ---------------------------------------------------------------- clocks and rows
+# ---------------------------------------------------------------- clock and rows
 
 def clocked(function):
     """Seconds of a call."""
@@ -246,77 +239,21 @@ def compare(name, args):
             "ratio": [round(float(of(theirs / ours)), 3) for of in (np.median, np.min, np.max)]}
 
 
-def run_stage(script, *flags):
-    """Seconds of processor time of a stage on one thread, and the most memory that it held, with torch and model."""
-    process = subprocess.Popen([sys.executable, ROOT / script, *map(str, flags)], stdout=subprocess.DEVNULL,
-                               env={**os.environ, "OMP_NUM_THREADS": "1"})
-    _, status, usage = os.wait4(process.pid, 0)
-    if status:
-        sys.exit(f"{script} has failed")
-    return {"seconds": round(usage.ru_utime + usage.ru_stime, 2),
-            "MiB": usage.ru_maxrss // (1024 if sys.platform == "linux" else 2 ** 20)}
-
-
-def scaling(args):
-    """Yields the rows of the stages with so many pairs, 10 conversations each."""
-    with tempfile.TemporaryDirectory() as folder:
-        def write(name, rows):
-            Path(folder, name).write_text("".join(json.dumps(row) + "\n" for row in rows))
-
-        tasks = [f"A{i}" for i in range(250 * args.pairs // 56)]
-        people = [f"A{i}" for i in range(50)]
-        pairs = [{"task_id": task, "persona_id": persona} for task in tasks for persona in people]
-        write("tasks", ({"task_id": i, "split": "A", "task": f"Can you help me with {i}?"} for i in tasks))
-        write("personas", ({"persona_id": i, "split": "A", "name": "Ann", "persona": f"I am {i}."} for i in people))
-        write("gold", ({**pair, "gold": "Here is my advice. " * 10} for pair in pairs))
-        toy = ROOT / "toy/base"
-        data = ["--dtype", "float32", "--tasks", f"{folder}/tasks", "--personas", f"{folder}/personas"]
-        talk = [*data, "--questioner", toy, "--roleplayer", toy, "--max-tokens", 32]
-        judge = [*data, "--base", toy, "--questioner", toy, "--gold", f"{folder}/gold", "--max-tokens", 64]
-        for n in (args.pairs, 2 * args.pairs, 4 * args.pairs):
-            to = f"{folder}/{n}"
-            judged = [*judge, "--conversations", f"{to}/talk"]
-            for stage, *flags in (
-                    ("simulate", *talk, "--limit", n, "--output", f"{to}/talk"),
-                    ("select", *judged, "--output", f"{to}/kept"),
-                    ("train", *data, "--base", toy, "--selected", f"{to}/kept", "--output", f"{to}/model"),
-                    ("evaluate", *judged, "--iteration", 0, "--split", "A", "--results", f"{to}/results",
-                     "--output", f"{to}/evaluation")):
-                yield {"stage": f"{stage}.py", "pairs": n, **run_stage(f"{stage}.py", *flags)}
-        said = [{"role": "assistant", "content": "word " * 60}, {"role": "user", "content": "answer " * 50}] * 3
-        write(f"{n}/talk", ({**pair, "sample": sample, "split": "A", "turns": 3, "conversation": said}
-                            for pair in pairs for sample in range(10)))         # 2 kB each, beside their settings
-        yield {"stage": "finished", "pairs": len(pairs), **run_stage("simulate.py", *talk, "--output", f"{to}/talk")}
-
-
-def machine():
-    name = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text()) if sys.platform == "linux" else None
-    return {"cpu": name[1] if name else platform.processor(), "cores": os.cpu_count(),
-            "threads": torch.get_num_threads(), "gpu": torch.cuda.get_device_name() if DEVICE == "cuda" else None,
-            "torch": torch.__version__, "transformers": transformers.__version__}
-
-
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", nargs="+", choices=(*COMPARISONS, "scaling"), default=[*COMPARISONS, "scaling"])
+    parser.add_argument("--only", nargs="+", choices=COMPARISONS, default=list(COMPARISONS))
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--rows", type=int, default=20, help="answers side by side; twice as many conversations")
     parser.add_argument("--words", type=int, default=1000, help="the vocabulary")
     parser.add_argument("--hidden", type=int, default=384, help="width; 4096 is a 7B's")
     parser.add_argument("--layers", type=int, default=6, help="32 is a 7B's")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
-    parser.add_argument("--pairs", type=int, default=56, help="of scaling's smallest run")
-    parser.add_argument("--output", default="runs/benchmarks.jsonl", help="rows are added")
     args = parser.parse_args()
     transformers.utils.logging.disable_progress_bar()
-    Path(args.output).parent.mkdir(parents=True, exist_ok=True)
-    print(*(f"{name} {value}" for name, value in machine().items() if value), sep=", ", flush=True)
+    device = torch.cuda.get_device_name() if DEVICE == "cuda" else f"{torch.get_num_threads()} threads"
+    print(f"torch {torch.__version__}, transformers {transformers.__version__}, {device}", flush=True)
     for name in args.only:
-        here = SimpleNamespace(**{**vars(args), "words": 32000 if name == "score-32000" else args.words})
-        for row in scaling(here) if name == "scaling" else [compare(name, here)]:
-            with open(args.output, "a") as file:
-                file.write(json.dumps({**row, "machine": machine(), "configuration": vars(here)}) + "\n")
-            print(*(f"{field} {value}" for field, value in row.items()), sep=", ", flush=True)
+        print(json.dumps(compare(name, args)), flush=True)
 
 
 if __name__ == "__main__":
