@@ -66,12 +66,10 @@ class Embedder:
 
 
 class Nearest(Server):
-    models = ["nearest"]
-
     def reply(self, request):
         """A chat completion request (parsed JSON) -> the answer. Its last message is the Roleplayer's prompt."""
-        if model_and_seed(request)[0] not in self.models:
-            raise Refused(f"its name is {self.models[0]}, not {request.get('model')!r}")
+        if model_and_seed(request)[0] != "nearest":
+            raise Refused(f"its name is nearest, not {request.get('model')!r}")
         match request.get("messages"):
             case [*_, {"content": str(text)}] if fields := as_pattern(self.args.roleplayer_user).search(text + "\n"):
                 pass

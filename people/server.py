@@ -58,7 +58,7 @@ class People(Server):
     """Any model name is a person's. answers: {request: Future of a text}; waiting: the rows that lack their answer."""
 
     def __init__(self, port, path):
-        self.answers, self.waiting, self.models, (rows, self.file) = {}, SimpleQueue(), [], read_answers(path)
+        self.answers, self.waiting, (rows, self.file) = {}, SimpleQueue(), read_answers(path)
         for row in rows:
             self.answers.setdefault(row["request"], Future()).set_result(row["answer"])
         super().__init__(("127.0.0.1", port), Handler)

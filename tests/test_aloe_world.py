@@ -83,7 +83,6 @@ def test_the_server_starts_answers_the_papers_prompts_and_ends(tmp_path):
     lines, traits = first.splitlines(), ask("aloe-writer", "personalities", examples="A").splitlines()
     assert len(lines) == len(set(lines)) == 20 and first != second
     assert len(traits) == 20 and len(set(traits)) > 15 and world.read_persona(lines[0], traits[0])
-    assert [model.id for model in client.models.list()] == list(server.ROLES)
     process.terminate()
     assert process.wait(timeout=10) == 0
 

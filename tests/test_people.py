@@ -102,7 +102,7 @@ def test_what_is_no_question_and_what_ends_the_server(people, tmp_path):
     for wrong, why in ({"stream": True}, "no stream"), ({"n": 2}, "n = 1"), ({"messages": [{"role": "user"}]}, "texts"):
         with pytest.raises(openai.BadRequestError, match=why):
             server.ask("Why?", **wrong)
-    assert not openai.OpenAI(base_url=server.url, api_key="-").models.list().data and "Why?" not in server.shown
+    assert "Why?" not in server.shown
     (tmp_path / "b").write_text('{"task_id": "A0"}\n')
     for file, port, line in (("a", server.url[-8:-3], "Address already in use"), ("b", 0, "b, line 1: no field 'req")):
         other = Server(tmp_path / file, port=port)

@@ -6,7 +6,7 @@ the stage's own template around, so a changed prompt is refused and not guessed 
 the model, the prompt and the request's integer `seed` alone.
 
     python toy/server.py --port 8765        # prints "serving on http://127.0.0.1:8765/v1"; port 0: any free one
-    python toy/server.py --faults '{"429": 0.1, "dropped": 0.1, "empty": 0.02}'             # as bad as the real world
+    python toy/server.py --faults '{"429": 0.1, "dropped": 0.1}'            # as bad as the real world
 
     model              answers with
     persona-writer     a random user: "I'm Anna. My pet is dog. ..."
@@ -89,7 +89,6 @@ ROLES = {  # system text -> (pattern of the user message, who answers, the model
     simulate.PROMPTS["roleplayer_system"]: (as_pattern(simulate.PROMPTS["roleplayer_user"]), roleplay, USERS),
     evaluate.PROMPTS["judge_system"]: (as_pattern(evaluate.PROMPTS["judge_user"]), judge, ["judge"]),
 }
-MODELS = [model for _, _, models in ROLES.values() for model in models]
 
 
 def read_messages(messages):
@@ -137,28 +136,20 @@ def reply(request):
 
 
 def completion(request, text):
-    """The whole answer object of POST /v1/chat/completions; usage counts words."""
-    asked = sum(len(message["content"].split()) for message in request["messages"])
-    answered = len(text.split())
-    return {
-        "id": "chatcmpl-" + hashlib.sha256(json.dumps(request, sort_keys=True).encode()).hexdigest()[:24],
-        "object": "chat.completion", "created": int(time.time()), "model": request["model"],
-        "choices": [{"index": 0, "finish_reason": "stop", "logprobs": None,
-                     "message": {"role": "assistant", "content": text}}],
-        "usage": {"prompt_tokens": asked, "completion_tokens": answered, "total_tokens": asked + answered},
-    }
+    """The answer object of POST /v1/chat/completions."""
+    return {"id": "chatcmpl", "object": "chat.completion", "created": 0, "model": request["model"], "choices": [
+        {"index": 0, "finish_reason": "stop", "message": {"role": "assistant", "content": text}}]}
 
 
-PASSING = ("429", "500", "dropped", "stalled", "torn")           # gone when the request is repeated, as a rule
-LASTING = ("empty", "filtered_prompt", "filtered_answer")        # this request always meets them
+FAULTS = ("429", "500", "dropped", "stalled")                    # gone when the request is repeated, as a rule
 
 
 class Faults:
-    """Which request fails, and how: seeded draws with the given shares, {kind: share of the requests}. A lasting fault
-    depends on the request alone, a passing one also on how often the request came before."""
+    """Which request fails, and how: seeded draws with the given shares, {kind: share of the requests}. They depend on
+    the request, and on how often it came before."""
 
-    def __init__(self, shares, seed=0):
-        self.shares, self.seed, self.asked, self.lock = shares, seed, {}, threading.Lock()
+    def __init__(self, shares):
+        self.shares, self.asked, self.lock = shares, {}, threading.Lock()
 
     def draw(self, body):
         """The fault that a request (bytes) meets now, or None."""
@@ -167,21 +158,19 @@ class Faults:
         request = hashlib.sha256(body).hexdigest()
         with self.lock:
             times = self.asked[request] = self.asked.get(request, -1) + 1
-        for kinds, occasion in ((PASSING, times), (LASTING, "always")):
-            u = random.Random(f"{self.seed} {request} {occasion}").random()
-            for kind in kinds:
-                u -= self.shares.get(kind, 0)
-                if u < 0:
-                    return kind
+        u = random.Random(f"0 {request} {times}").random()
+        for kind in FAULTS:
+            u -= self.shares.get(kind, 0)
+            if u < 0:
+                return kind
 
 
 def fault_shares(text):
     """JSON -> {kind: share}."""
     value = json.loads(text)
-    if (type(value) is not dict or set(value) - {*PASSING, *LASTING} or
-            not all(type(share) in (int, float) and 0 <= share <= 1 for share in value.values()) or
-            any(sum(value.get(kind, 0) for kind in kinds) > 1 for kinds in (PASSING, LASTING))):
-        raise argparse.ArgumentTypeError(f"{text[:80]} is no JSON object with shares of {', '.join(PASSING + LASTING)}")
+    if (type(value) is not dict or set(value) - {*FAULTS} or
+            not all(type(share) in (int, float) and share >= 0 for share in value.values()) or sum(value.values()) > 1):
+        raise argparse.ArgumentTypeError(f"{text[:80]} is no JSON object with shares of {', '.join(FAULTS)}")
     return value
 
 
@@ -190,14 +179,6 @@ class Handler(BaseHTTPRequestHandler):
     disable_nagle_algorithm = True  # header and body are two writes; Nagle would hold the second for 40 ms
     timeout = 600
 
-    def do_GET(self):
-        if self.path == "/v1/models":
-            models = [{"id": model, "object": "model", "created": 0, "owned_by": "toy"}
-                      for model in self.server.models]
-            self.send(200, {"object": "list", "data": models})
-        else:
-            self.refuse(404, f"unknown path {self.path}")
-
     def do_POST(self):
         if self.path != "/v1/chat/completions":
             return self.refuse(404, f"unknown path {self.path}")
@@ -205,34 +186,26 @@ class Handler(BaseHTTPRequestHandler):
         time.sleep(self.server.delay)
         fault = self.server.faults.draw(body)
         if fault == "stalled":
-            time.sleep(self.server.stall)
+            time.sleep(30)
         if fault in ("stalled", "dropped"):
             self.close_connection = True
         elif fault == "429":
-            self.refuse(429, "too many requests", "rate_limit_exceeded", {"Retry-After": "1"})
+            self.refuse(429, "too many requests", {"Retry-After": "1"})
         elif fault == "500":
             self.refuse(500, "something went wrong")
-        elif fault == "filtered_prompt":  # as Azure says it
-            self.refuse(400, "the prompt triggered the content management policy", "content_filter")
         else:
             try:
                 request = json.loads(body)
                 answer = completion(request, self.server.reply(request))
             except ValueError as error:  # Refused, or no JSON
                 return self.refuse(400, str(error))
-            if fault in ("empty", "filtered_answer"):
-                answer["choices"][0]["message"]["content"] = ""
-            if fault == "filtered_answer":
-                answer["choices"][0]["finish_reason"] = "content_filter"
-            self.send(200, answer, torn=fault == "torn")
+            self.send(200, answer)
 
-    def refuse(self, status, reason, code=None, headers=()):
-        error = {"message": reason, "type": "invalid_request_error", "param": None, "code": code}
-        self.send(status, {"error": error}, headers=headers)
+    def refuse(self, status, reason, headers=()):
+        self.send(status, {"error": {"message": reason, "type": "invalid_request_error"}}, headers)
 
-    def send(self, status, content, torn=False, headers=()):
+    def send(self, status, content, headers=()):
         body = json.dumps(content).encode()
-        body = body[:len(body) // 2] if torn else body
         self.send_response(status)
         for name, value in {"Content-Type": "application/json", "Content-Length": len(body), **dict(headers)}.items():
             self.send_header(name, str(value))
@@ -244,10 +217,9 @@ class Handler(BaseHTTPRequestHandler):
 
 
 class Server(ThreadingHTTPServer):
-    daemon_threads = True  # open connections do not keep the process alive
     request_queue_size = 256  # clients open their connections all at once
-    faults, stall, delay = Faults({}), 30, 0
-    reply, models = staticmethod(reply), MODELS  # of this world; aloe/toy/server.py has others
+    faults, delay = Faults({}), 0
+    reply = staticmethod(reply)  # of this world; aloe/toy/server.py has another
 
     def handle_error(self, request, client_address):
         if not isinstance(sys.exc_info()[1], ConnectionError):  # a client that hangs up is no news
@@ -266,8 +238,7 @@ def server_parser(manual):
     parser.add_argument("--port", type=int, default=8765, help="0: any free port")
     parser.add_argument("--port-file", help="the URL is written here once the server listens")
     parser.add_argument("--faults", type=fault_shares, default={}, metavar="JSON",
-                        help=f"shares of the requests that fail: {', '.join(PASSING)} (until repeated); "
-                             f"{', '.join(LASTING)} (always)")
+                        help=f"shares of the requests that fail until repeated: {', '.join(FAULTS)}")
     parser.add_argument("--delay", type=float, default=0, help="seconds before each answer, as a real model takes")
     parser.add_argument("--end-with-parent", action="store_true", help="end when the program that started it is gone")
     return parser

@@ -90,7 +90,7 @@ def reply(request):
 
 
 class Server(toy.Server):
-    reply, models = staticmethod(reply), list(ROLES)
+    reply = staticmethod(reply)
 
 
 if __name__ == "__main__":
