@@ -13,7 +13,7 @@ phases, whose order matters; each ends on a measured ability and not on a number
 
 The latent skill: in the real mixture a fifth of the interviewers are experts, who ask what matters; the others ask at
 random. The base imitates the crowd, so most of its questions are poor, but it can ask good ones: expert iteration
-has something to amplify. `--experts 0` makes the control, a base that has never met an expert in any phase.
+has something to amplify.
 
 What training on questions alone undoes: a task that stands alone is met with a response in a third of the documents,
 with a question in the others; and a third of the dialogues go on with one more question although a response is due.
@@ -45,6 +45,7 @@ CHAT_TEMPLATE = (
     "{% if message['role'] == 'user' %}{{ '[INST] ' + message['content'] + '[/INST]' }}"
     "{% else %}{{ ' ' + message['content'] + eos_token }}{% endif %}{% endfor %}")
 
+EXPERTS = 0.2  # share of expert interviewers: the latent skill
 USED, GUESSED = 0.9, 0.05  # a careless answerer uses a fact it was told, invents one that matters and was not told
 ASKS_ON = 0.35  # share of the dialogues that end with one more question although a response is due: a habit to unlearn
 FULL_PROMPT = 0.1  # share of the interviews under the whole elicitation prompt; the others see an abridged one
@@ -135,15 +136,14 @@ def bare(rng):
     return common.response_form(persona["name"], task, []) + [{"role": "assistant", "content": text}]
 
 
-def phases(experts):
+def phases():
     """[(name, {document: weight}, {ability: floor that ends the phase}, most tokens)]."""
     copy_one, copy_many = (lambda rng: echo(rng, 1)), (lambda rng: echo(rng, 8))
-    best, asks = (1, {"relevant_share": 0.9}) if experts else (0, {"recognised_share": 0.95})
-    ask_well, answer_well = (lambda rng: interview(rng, best)), (lambda rng: dialogue(rng, best))
-    ask, answer = (lambda rng: interview(rng, experts)), (lambda rng: dialogue(rng, experts))
+    ask_well, answer_well = (lambda rng: interview(rng, 1)), (lambda rng: dialogue(rng, 1))
+    ask, answer = (lambda rng: interview(rng, EXPERTS)), (lambda rng: dialogue(rng, EXPERTS))
     return [
         ("copy one fact", {copy_one: 1}, {"copy_1": -0.15}, 1_000_000),
-        ("ask what matters", {copy_one: 10, ask_well: 30, answer_well: 60}, asks, 4_000_000),
+        ("ask what matters", {copy_one: 10, ask_well: 30, answer_well: 60}, {"relevant_share": 0.9}, 4_000_000),
         ("copy many facts", {copy_many: 40, ask_well: 30, answer_well: 30}, {"copy_8": -0.5}, 4_000_000),
         ("the base", {copy_many: 10, ask: 30, answer: 30, control: 15, bare: 15},
          {"control_per_value": -0.5, "used": 0.75}, 4_000_000),
@@ -246,7 +246,7 @@ def gold_log_prob(model, tokenizer, documents):
     return total / len(documents), sum(of_values) / len(of_values)
 
 
-def copying(model, tokenizer, most):
+def copying(model, tokenizer, most, echo=echo):
     """Mean log-probability of a value that is to be copied, among up to `most` facts."""
     rng = random.Random(1)
     return gold_log_prob(model, tokenizer, [echo(rng, most) for _ in range(64)])[1]
@@ -299,49 +299,55 @@ FLOORS = {"copy_1": -0.2, "copy_8": -0.5, "recognised_share": 0.95, "relevant_sh
           "used": 0.6, "control_per_value": -0.3}  # of a finished base (random questions are relevant in .31)
 
 
-def abilities(model, tokenizer, wanted=FLOORS):
-    """{ability: value} for the abilities wanted, and those that are measured along with them."""
+def measured(model, groups, wanted):
+    """{ability: value} for the abilities wanted, and those that are measured along with them. groups: {abilities that
+    are measured together: how}"""
     torch.manual_seed(0)
     model.eval()
-    groups = {
+    found = {}
+    for names, values in groups.items():
+        if set(names) & set(wanted):
+            found.update(zip(names, (round(value, 3) for value in values())))
+    model.train()
+    return found
+
+
+def abilities(model, tokenizer, wanted):
+    """{ability: value} for the abilities wanted, and those that are measured along with them."""
+    return measured(model, {
         ("copy_1",): lambda: [copying(model, tokenizer, 1)],
         ("copy_8",): lambda: [copying(model, tokenizer, 8)],
         ("recognised_share", "relevant_share"): lambda: asking(model, tokenizer),
         ("answers", "used"): lambda: answering(model, tokenizer),
         ("control", "control_per_value", "no_conversation"): lambda: controls(model, tokenizer),
-    }
-    found = {}
-    for names, run in groups.items():
-        if set(names) & set(wanted):
-            found.update(zip(names, (round(value, 3) for value in run())))
-    model.train()
-    return found
+    }, wanted)
 
 
-def pretrain(args, tokenizer, phases, measure, floors, size=1500):
-    """Trains through the phases, then lets the rate fall to zero, and writes the folder args.output. measure: (model,
-    tokenizer, {ability: floor} that are wanted) -> {ability: value}. Ends with status 1 if a floor is missed."""
+def pretrain(args, tokenizer, phases, measure, floors, size=1500, probe=100_000, decay=4_000_000, peak=3e-3):
+    """Trains through the phases, then lets the rate fall from its peak to zero, and writes the folder args.output.
+    measure: (model, tokenizer, {ability: floor} that are wanted) -> {ability: value}; each `probe` tokens. size: tokens
+    of a batch; decay: of the fall. Ends with status 1 if a floor is missed."""
     torch.set_num_threads(1)  # a model of this size is faster on one thread than on two
     start, rng = time.time(), random.Random(args.seed)
     model = build_model(tokenizer, args.seed)
     print(f"{model.num_parameters():,} parameters, {len(tokenizer)} tokens", flush=True)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=args.rate, betas=(0.9, 0.98), weight_decay=0.01)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=peak, betas=(0.9, 0.98), weight_decay=0.01)
     seen, warm = 0, 60_000
     for name, mixture, wanted, most in phases:
         documents, weights = list(mixture), list(mixture.values())
         stream = batches(lambda rng: rng.choices(documents, weights)[0](rng), tokenizer, rng, size)
         begun, probed, reached = seen, seen, False
         while not reached and seen < begun + most:
-            seen += step(model, optimizer, next(stream), args.rate * min(1, (seen + size) / warm))
-            if seen >= probed + args.probe:
+            seen += step(model, optimizer, next(stream), peak * min(1, (seen + size) / warm))
+            if seen >= probed + probe:
                 probed = seen
                 found = measure(model, tokenizer, wanted)
                 reached = all(found[ability] >= floor for ability, floor in wanted.items())
                 print(f"{name}: {seen / 1e6:.2f} M tokens, {time.time() - start:.0f} s, {found}", flush=True)
         print(f"-- {name}: {'reached' if reached else 'NOT reached'}", flush=True)
-    end = seen + args.decay
+    end = seen + decay
     while seen < end:
-        seen += step(model, optimizer, next(stream), args.rate * max(0, end - seen) / args.decay)
+        seen += step(model, optimizer, next(stream), peak * max(0, end - seen) / decay)
     final = {"seed": args.seed, "tokens": seen, "seconds": round(time.time() - start),
              **measure(model, tokenizer, floors)}
     model.save_pretrained(args.output)
@@ -352,23 +358,13 @@ def pretrain(args, tokenizer, phases, measure, floors, size=1500):
     sys.exit(1 if missed else 0)
 
 
-def pretrain_parser(manual, probe, decay):
+def pretrain_parser(manual):
     """The flags of `pretrain`."""
     parser = argparse.ArgumentParser(description=manual, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", required=True, help="model folder to write")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--rate", type=float, default=3e-3, help="peak learning rate")
-    parser.add_argument("--probe", type=int, default=probe, help="tokens between two measurements")
-    parser.add_argument("--decay", type=int, default=decay, help="tokens while the rate falls to zero")
     return parser
 
 
-def main():
-    parser = pretrain_parser(__doc__, 100_000, 4_000_000)
-    parser.add_argument("--experts", type=float, default=0.2, help="share of expert interviewers: the latent skill")
-    args = parser.parse_args()
-    pretrain(args, build_tokenizer(texts_of_the_world()), phases(args.experts), abilities, FLOORS)
-
-
 if __name__ == "__main__":
-    main()
+    pretrain(pretrain_parser(__doc__).parse_args(), build_tokenizer(texts_of_the_world()), phases(), abilities, FLOORS)

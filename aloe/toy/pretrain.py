@@ -18,6 +18,7 @@ phase 4 copying has to be asked for (docs/NOTES.md says why).
 """
 import random
 import sys
+from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the root; first, since PyPI has an "aloe", too
@@ -29,6 +30,7 @@ HINT = simulate.PROMPTS["aloe_hint"]
 K = 10
 FULL_HINT = 0.1  # share of the hints in all their words; the others are abridged
 REPEAT = "Repeat that."  # tells copying from a chat
+ADAPTS = 0.2  # share of the replies that fit: the latent skill
 INVENTED = 0.1  # share of the crowd's replies that use a fact which nobody has told
 
 
@@ -83,11 +85,11 @@ def chat(rng, longest, adapts, obey, mute):
     return messages
 
 
-def phases(adapts, obey):
+def phases(obey):
     """[(name, {document: weight}, {ability: floor that ends the phase}, most tokens)]."""
     copy_one, copy_many = (lambda rng: echo(rng, 1)), (lambda rng: echo(rng, 8))
     one_round, short = (lambda rng: chat(rng, 1, 1, 1, 0.05)), (lambda rng: chat(rng, 3, 1, 1, 0.05))
-    long, crowd = (lambda rng: chat(rng, K, 1, 1, 0.05)), (lambda rng: chat(rng, K, adapts, obey, 0.1))
+    long, crowd = (lambda rng: chat(rng, K, 1, 1, 0.05)), (lambda rng: chat(rng, K, ADAPTS, obey, 0.1))
     return [
         ("copy one fact", {copy_one: 1}, {"copy_1": -0.15}, 1_000_000),
         ("adapt", {copy_one: 15, one_round: 25, short: 60},
@@ -100,10 +102,7 @@ def phases(adapts, obey):
 
 # ---- abilities ----
 
-def copying(model, tokenizer, most):
-    """Mean log-probability of a value that is to be copied, among up to `most` facts."""
-    rng = random.Random(1)
-    return pretrain.gold_log_prob(model, tokenizer, [echo(rng, most) for _ in range(64)])[1]
+copying = partial(pretrain.copying, echo=echo)
 
 
 def adapting(model, tokenizer, hinted, chats=128):
@@ -136,20 +135,12 @@ FLOORS = {"copy_1": -0.2, "copy_8": -0.5, "hint_manners": 0.6, "hint_facts": 0.3
 
 def abilities(model, tokenizer, wanted):
     """{ability: value} for the abilities wanted, and those that are measured along with them."""
-    pretrain.torch.manual_seed(0)
-    model.eval()
-    groups = {
+    return pretrain.measured(model, {
         ("copy_1",): lambda: [copying(model, tokenizer, 1)],
         ("copy_8",): lambda: [copying(model, tokenizer, 8)],
         ("hint_manners", "hint_facts", "hint_wrong"): lambda: adapting(model, tokenizer, True),
         ("manners", "facts", "wrong"): lambda: adapting(model, tokenizer, False),
-    }
-    found = {}
-    for names, run in groups.items():
-        if set(names) & set(wanted):
-            found.update(zip(names, (round(value, 3) for value in run())))
-    model.train()
-    return found
+    }, wanted)
 
 
 def texts_of_the_world():
@@ -161,12 +152,11 @@ def texts_of_the_world():
 
 
 def main():
-    parser = pretrain.pretrain_parser(__doc__, 200_000, 3_000_000)
-    parser.add_argument("--adapts", type=float, default=0.2, help="share of the replies that fit: the latent skill")
+    parser = pretrain.pretrain_parser(__doc__)
     parser.add_argument("--obey", type=float, default=0.4, help="share of the hinted replies that heed the hint")
     args = parser.parse_args()
-    pretrain.pretrain(args, pretrain.build_tokenizer(texts_of_the_world()), phases(args.adapts, args.obey),
-                      abilities, FLOORS, size=3000)
+    pretrain.pretrain(args, pretrain.build_tokenizer(texts_of_the_world()), phases(args.obey), abilities, FLOORS,
+                      size=3000, probe=200_000, decay=3_000_000)
 
 
 if __name__ == "__main__":
