@@ -124,15 +124,6 @@ def findings(rows, user="roleplayer"):
     return found
 
 
-def sharpening(rows, user="roleplayer"):
-    """[(t, main's win rate, Q_BASE's on the same conversations)]: what of the win is due to the questions, and what to
-    Q_t's own way of answering."""
-    wins = {(row["variant"], row["iteration"]): row["mean"] for row in rows
-            if row["metric"] == "win_rate" and row["roleplayer"] == user}
-    return [(t, wins["main", t], wins["base_answers", t])
-            for variant, t in sorted(wins) if variant == "base_answers" and ("main", t) in wins]
-
-
 def outcomes(run, split):
     """{(folder, t): (shares won, tied, lost)} of the judge's verdicts, by the scores that it names. It must say A or B,
     so it settles a tie by a hash; here a tie is a tie."""
@@ -146,10 +137,6 @@ def outcomes(run, split):
         if points:
             found[path.parts[-4], int(path.parts[-3])] = tuple(points.count(x) / len(points) for x in (1, 0, -1))
     return found
-
-
-def wrapped(line):
-    return textwrap.fill(line, 100, subsequent_indent=" " * 5)
 
 
 def parse_args():
@@ -176,11 +163,8 @@ def main():
         lines += ["", f"Does it hold in {run}?"]
         user = read_settings(f"{run}/base/{args.split}/log_probs.jsonl").get("roleplayer", "roleplayer")
         for what, holds, figures in findings(rows, user):
-            lines.append(wrapped(f"{ {True: 'yes', False: 'NO ', None: '-- '}[holds]}  {what}: {figures}"))
-        for t, ours, base in sharpening(rows, user):
-            share = f"sharpening: {(ours - base) / (ours - 0.5):.0%} of the win" if ours > 0.5 else "no win"
-            lines.append(wrapped(f"     t = {t}: main wins {ours:.3f}, with Q_BASE's answers on its conversations "
-                                 f"{base:.3f}; {share}"))
+            line = f"{ {True: 'yes', False: 'NO ', None: '-- '}[holds]}  {what}: {figures}"
+            lines.append(textwrap.fill(line, 100, subsequent_indent=" " * 5))
     print(*lines, sep="\n")
     if args.output:
         write_whole(args.output, "\n".join(lines).lstrip() + "\n")
