@@ -36,10 +36,9 @@ toy | smoke)
 paper)
     [ -n "$ORACLE" ] || refuse "set ORACLE to the model that plays all parts, such as openai:MODEL"
     default VARIANTS="sft sft_dpo rejected" PERSONA_SPLITS=train=3310,dev=100,test=100 CONVERSATIONS=3000 \
-        BASE=Qwen/Qwen2-7B-Instruct TEMPERATURES=0 GPUS="$(nvidia-smi -L 2> /dev/null | grep -c ^GPU)"
+        BASE=Qwen/Qwen2-7B-Instruct TEMPERATURES=0
     LEARN="--rounding stochastic"                               # to nearest, bfloat16 loses most steps of 1e-5
-    [ "$GPUS" -le 1 ] || default LAUNCH="accelerate launch --config_file configs/ddp.yaml --num_processes $GPUS" \
-        LAUNCH_TRAINING="accelerate launch --config_file configs/fsdp.yaml --num_processes $GPUS" ;;
+    . settings/gpus.sh ;;
 *) sed -n '2,/^set/s/^# \{0,1\}//p' aloe/run.sh >&2; exit 2 ;;
 esac
 for name in $VARIANTS; do [[ " $KNOWN " = *" $name "* ]] || refuse "no variant $name in $MODE; there are: $KNOWN"; done
