@@ -21,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the stages
 from common import (FORM, PAIR, Rows, add_data_flags, add_model_flags, fingerprint, pair_of,  # noqa: E402
                     read_conversations, read_gold, read_personas, read_prompts, read_tasks, response_form, run,
                     sample_pairs, say, score_all, seed_for, stage_parser, start_processes)
-from evaluate import summary  # noqa: E402
+from report.stats import mean  # noqa: E402
 from simulate import questioner_chat  # noqa: E402
 
 
@@ -32,12 +32,6 @@ def expected(gains, scores):
         people[key[:2]].append((scores[key], gains[key]))
     return {person: float(softmax(score) @ gain)                                    # sum_q p(q) gain(q)
             for person, pairs in people.items() for score, gain in [np.array(pairs).T]}
-
-
-def mean(values):
-    """ "11.90 (11.50 to 12.30)" of {(task, person): value}; evaluate.py clusters by both, and a person has one task."""
-    middle, _, interval, _ = summary(values).values()
-    return " {:>24}".format("{:.2f} ({:.2f} to {:.2f})".format(*np.array([middle, *(interval or [None] * 2)], float)))
 
 
 def main():
@@ -77,7 +71,7 @@ def main():
                          for t, p, q in talks[of]} for of in ("own", "other"))
         above = {key: float(gain[key] > others[key]) for key in other}
         means = [expected(values, even) for values in (gain, others, above)]
-        say(processes, f"{base[-20:]:20}{''.join(map(mean, means))}{len(means[0]):5}")
+        say(processes, f"{base[-20:]:20}{''.join(f'{mean(of):>25}' for of in means)}{len(means[0]):5}")
 
     scores, chance = {"chance": dict.fromkeys(own, 0.0)}, expected(gain, dict.fromkeys(own, 0.0))
     for spec in args.questioner:
@@ -92,7 +86,7 @@ def main():
     for name, choice in scores.items():
         value = expected(gain, choice)
         more = {person: value[person] - chance[person] for person in value}
-        say(processes, f"{name[-20:]:20}{mean(value)}{mean(more)}{len(value):5}")
+        say(processes, f"{name[-20:]:20}{mean(value):>25}{mean(more):>25}{len(value):5}")
     say(processes, "", __doc__.split("\n\n")[1])
 
 
