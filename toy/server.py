@@ -141,27 +141,6 @@ def completion(request, text):
 FAULTS = ("429", "500", "dropped", "stalled")                    # gone when the request is repeated, as a rule
 
 
-class Faults:
-    """Which request fails, and how: seeded draws with the given shares, {kind: share of the requests}. They depend on
-    the request, and on how often it came before."""
-
-    def __init__(self, shares):
-        self.shares, self.asked, self.lock = shares, {}, threading.Lock()
-
-    def draw(self, body):
-        """The fault that a request (bytes) meets now, or None."""
-        if not self.shares:
-            return None
-        request = hashlib.sha256(body).hexdigest()
-        with self.lock:
-            times = self.asked[request] = self.asked.get(request, -1) + 1
-        u = random.Random(f"0 {request} {times}").random()
-        for kind in FAULTS:
-            u -= self.shares.get(kind, 0)
-            if u < 0:
-                return kind
-
-
 def fault_shares(text):
     """JSON -> {kind: share}."""
     value = json.loads(text)
@@ -181,7 +160,7 @@ class Handler(BaseHTTPRequestHandler):
             return self.refuse(404, f"unknown path {self.path}")
         body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
         time.sleep(self.server.delay)
-        fault = self.server.faults.draw(body)
+        fault = self.server.faults and self.server.fault(body)
         if fault == "stalled":
             time.sleep(30)
         if fault in ("stalled", "dropped"):
@@ -215,8 +194,20 @@ class Handler(BaseHTTPRequestHandler):
 
 class Server(ThreadingHTTPServer):
     request_queue_size = 256  # clients open their connections all at once
-    faults, delay = Faults({}), 0
+    faults, delay = {}, 0  # {kind: share of the requests}, seconds
+    asked, lock = {}, threading.Lock()
     reply = staticmethod(reply)  # of this world; aloe/toy/server.py has another
+
+    def fault(self, body):
+        """The fault that a request (bytes) meets now, or None: a seeded draw, by the request and how often it came."""
+        request = hashlib.sha256(body).hexdigest()
+        with self.lock:
+            times = self.asked[request] = self.asked.get(request, -1) + 1
+        u = random.Random(f"0 {request} {times}").random()
+        for kind in FAULTS:
+            u -= self.faults.get(kind, 0)
+            if u < 0:
+                return kind
 
     def handle_error(self, request, client_address):
         if not isinstance(sys.exc_info()[1], ConnectionError):  # a client that hangs up is no news
@@ -246,7 +237,7 @@ def main(parser=server_parser(__doc__), server_class=Server):
     for ending in (signal.SIGINT, signal.SIGTERM):              # at once, even in the middle of a request
         signal.signal(ending, lambda *_: os._exit(0))
     server = server_class(("127.0.0.1", args.port), Handler)
-    server.faults, server.delay, server.args = Faults(args.faults), args.delay, args
+    server.faults, server.delay, server.args = args.faults, args.delay, args
     url = f"http://127.0.0.1:{server.server_port}/v1"
     if args.port_file:  # atomically: a reader sees the whole URL or no file
         Path(args.port_file + ".new").write_text(url + "\n")
