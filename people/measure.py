@@ -15,7 +15,6 @@ row for each metric to the results file:
 
 All means are over (task, persona) pairs; the samples of a pair are averaged first.
 """
-import argparse
 import re
 import sys
 from collections import Counter
@@ -24,6 +23,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the stages; first, since PyPI has an "evaluate", too
 from common import fail, pair_of, read_conversations, read_rows, read_tasks, run  # noqa: E402
 from evaluate import by_pair, roleplayer_label, summary, write_results  # noqa: E402
+from toy.measure import measure_parser  # noqa: E402
 
 TITLES = {"coverage": "Importance of what the user told, of what so many questions could bring (share)",
           "answered": "Replies to which the user said a line (share)",
@@ -61,16 +61,7 @@ def measure(conversations, personas):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--variant", default="main", help="main, no_reg, random, or a name of yours")
-    parser.add_argument("--iteration", type=int, required=True, help="t; 0 is Q_BASE")
-    parser.add_argument("--roleplayer", metavar="NAME", help="label; default: as --conversations' settings say")
-    parser.add_argument("--split", default="test", help="of the tasks and personas")
-    parser.add_argument("--conversations", required=True, help="Q_t's conversations on the split (JSONL)")
-    parser.add_argument("--tasks", required=True, help="tasks (JSONL)")
-    parser.add_argument("--personas", required=True, help="personas (JSONL) of data/in3.py")
-    parser.add_argument("--results", required=True, help="gets a row for each metric; a rerun replaces it")
-    args = parser.parse_args()
+    args = measure_parser(__doc__).parse_args()
     tasks, known = read_tasks(args.tasks), {"persona": str, "importance": list}
     personas = {row["persona_id"]: row for row in read_rows(args.personas, {"persona_id": str}, known)}
     conversations = [row for row in read_conversations(args.conversations, tasks, personas)

@@ -13,7 +13,7 @@ import measure  # puts the stages on the path
 from common import SAMPLE, fail, read_personas, read_tasks
 from report.report import golds, points, read_evaluations
 from report.stats import mean, minus, of_pairs, ratio
-from world import question_slot
+from toy.world import question_slot
 
 PLAIN = "roleplayer"
 MANNERS = [f"{PLAIN}-{manner}" for manner in ("terse", "evasive", "chatty", "erring")]

@@ -23,11 +23,10 @@ import argparse
 import sys
 from pathlib import Path
 
-import world
-
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the stages; first, since PyPI has an "evaluate", too
 from common import SAMPLE, fail, key_of, read_conversations, read_personas, read_rows, read_tasks, run  # noqa: E402
 from evaluate import by_pair, roleplayer_label, summary, write_results  # noqa: E402
+from toy import world  # noqa: E402
 
 TITLES = {"relevant_share": "Questions about a fact that matters, each fact once (share)",
           "coverage": "Facts that matter and were told, of those possible (share)",
@@ -79,22 +78,24 @@ def measure(conversations, responses, tasks, personas):
             row["response"], talks[key_of(row)], task))}
 
 
-def parse_args():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def measure_parser(manual):
+    """The flags that run.sh gives to this command, and to people/measure.py."""
+    parser = argparse.ArgumentParser(description=manual, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--variant", default="main", help="main, no_reg, gold, base_answers, or a name of yours")
     parser.add_argument("--iteration", type=int, required=True, help="t; 0 is Q_BASE")
     parser.add_argument("--roleplayer", metavar="NAME", help="label; default: as --conversations' settings say")
     parser.add_argument("--split", default="test", help="of the tasks and personas")
     parser.add_argument("--conversations", required=True, help="Q_t's conversations on the split (JSONL)")
-    parser.add_argument("--responses", help="the responses to them (JSONL); a run without a judge has none")
     parser.add_argument("--tasks", required=True, help="tasks (JSONL)")
     parser.add_argument("--personas", required=True, help="personas (JSONL)")
     parser.add_argument("--results", required=True, help="gets a row for each metric; a rerun replaces it")
-    return parser.parse_args()
+    return parser
 
 
 def main():
-    args = parse_args()
+    parser = measure_parser(__doc__)
+    parser.add_argument("--responses", help="the responses to them (JSONL); a run without a judge has none")
+    args = parser.parse_args()
     tasks, personas = read_tasks(args.tasks), read_personas(args.personas)
     conversations = [row for row in read_conversations(args.conversations, tasks, personas)
                      if tasks[row["task_id"]]["split"] == args.split and not row.get("refused")]
