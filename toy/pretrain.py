@@ -49,6 +49,7 @@ EXPERTS = 0.2  # share of expert interviewers: the latent skill
 USED, GUESSED = 0.9, 0.05  # a careless answerer uses a fact it was told, invents one that matters and was not told
 ASKS_ON = 0.35  # share of the dialogues that end with one more question although a response is due: a habit to unlearn
 FULL_PROMPT = 0.1  # share of the interviews under the whole elicitation prompt; the others see an abridged one
+RATE = 3e-3  # the highest learning rate
 
 
 # ---- the documents: lists of messages ----
@@ -323,22 +324,22 @@ def abilities(model, tokenizer, wanted):
     }, wanted)
 
 
-def pretrain(args, tokenizer, phases, measure, floors, size=1500, probe=100_000, decay=4_000_000, peak=3e-3):
-    """Trains through the phases, then lets the rate fall from its peak to zero, and writes the folder args.output.
-    measure: (model, tokenizer, {ability: floor} that are wanted) -> {ability: value}; each `probe` tokens. size: tokens
-    of a batch; decay: of the fall. Ends with status 1 if a floor is missed."""
+def pretrain(args, tokenizer, phases, measure, floors, size=1500, probe=100_000, decay=4_000_000):
+    """Trains through the phases, then lets the rate fall to zero in `decay` tokens, and writes the folder args.output.
+    measure: (model, tokenizer, {ability: floor} that are wanted) -> {ability: value}, every `probe` tokens; size: of a
+    batch, in tokens. Ends with status 1 if a floor is missed."""
     torch.set_num_threads(1)  # a model of this size is faster on one thread than on two
     start, rng = time.time(), random.Random(args.seed)
     model = build_model(tokenizer, args.seed)
     print(f"{model.num_parameters():,} parameters, {len(tokenizer)} tokens", flush=True)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=peak, betas=(0.9, 0.98), weight_decay=0.01)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=RATE, betas=(0.9, 0.98), weight_decay=0.01)
     seen, warm = 0, 60_000
     for name, mixture, wanted, most in phases:
         documents, weights = list(mixture), list(mixture.values())
         stream = batches(lambda rng: rng.choices(documents, weights)[0](rng), tokenizer, rng, size)
         begun, probed, reached = seen, seen, False
         while not reached and seen < begun + most:
-            seen += step(model, optimizer, next(stream), peak * min(1, (seen + size) / warm))
+            seen += step(model, optimizer, next(stream), RATE * min(1, (seen + size) / warm))
             if seen >= probed + probe:
                 probed = seen
                 found = measure(model, tokenizer, wanted)
@@ -347,7 +348,7 @@ def pretrain(args, tokenizer, phases, measure, floors, size=1500, probe=100_000,
         print(f"-- {name}: {'reached' if reached else 'NOT reached'}", flush=True)
     end = seen + decay
     while seen < end:
-        seen += step(model, optimizer, next(stream), peak * max(0, end - seen) / decay)
+        seen += step(model, optimizer, next(stream), RATE * max(0, end - seen) / decay)
     final = {"seed": args.seed, "tokens": seen, "seconds": round(time.time() - start),
              **measure(model, tokenizer, floors)}
     model.save_pretrained(args.output)
