@@ -23,7 +23,7 @@ Its command, on a laptop and at the paper's scale (100 x 10 x 2 calls): PRINT=1 
 """
 import re
 import sys
-from collections import Counter, defaultdict
+from collections import defaultdict
 from functools import partial
 from pathlib import Path
 

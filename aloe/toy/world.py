@@ -17,7 +17,6 @@ the same. What was not shown counts, too: who adapts to what was shown, scores h
 Everything in here is a pure function; aloe/toy/server.py speaks for the users, aloe/toy/pretrain.py makes a chatbot
 that knows the words. The two pools grow from aloe/toy/seeds/, the texts of 20 people that draw_persona has drawn.
 """
-import random
 import re
 import sys
 from pathlib import Path
