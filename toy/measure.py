@@ -81,7 +81,7 @@ def measure(conversations, responses, tasks, personas):
 def measure_parser(manual):
     """The flags that run.sh gives to this command, and to people/measure.py."""
     parser = argparse.ArgumentParser(description=manual, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--variant", default="main", help="main, no_reg, gold, base_answers, or a name of yours")
+    parser.add_argument("--variant", default="main", help="main, no_reg, random, or a name of yours")
     parser.add_argument("--iteration", type=int, required=True, help="t; 0 is Q_BASE")
     parser.add_argument("--roleplayer", metavar="NAME", help="label; default: as --conversations' settings say")
     parser.add_argument("--split", default="test", help="of the tasks and personas")

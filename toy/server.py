@@ -3,10 +3,10 @@
 Persona writer, Oracle, Roleplayers and judge answer the paper's own prompts, by rule. Who is asked is read from the
 system text (a system message, or folded into the first user message); the fields of a prompt are read by turning
 the stage's own template around, so a changed prompt is refused and not guessed at. Stateless: an answer depends on
-the model, the prompt and the request's integer `seed` alone.
+the model, the prompt and the request's `seed` alone.
 
     python toy/server.py --port 8765        # prints "serving on http://127.0.0.1:8765/v1"; port 0: any free one
-    python toy/server.py --faults '{"429": 0.1, "dropped": 0.1}'            # as bad as the real world
+    python toy/server.py --faults '{"429": 0.1, "dropped": 0.1}'            # some requests fail
 
     model              answers with
     persona-writer     a random user: "I'm Anna. My pet is dog. ..."
@@ -226,7 +226,7 @@ def server_parser(manual):
     parser.add_argument("--port", type=int, default=8765, help="0: any free port")
     parser.add_argument("--port-file", help="the URL is written here once the server listens")
     parser.add_argument("--faults", type=fault_shares, default={}, metavar="JSON",
-                        help=f"shares of the requests that fail until repeated: {', '.join(FAULTS)}")
+                        help=f"shares of the requests that fail; a repetition is a new draw: {', '.join(FAULTS)}")
     parser.add_argument("--delay", type=float, default=0, help="seconds before each answer, as a real model takes")
     parser.add_argument("--end-with-parent", action="store_true", help="end when the program that started it is gone")
     return parser
