@@ -52,6 +52,7 @@ TEMPLATES = {
         "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}", ["<|im_start|>", "<|im_end|>"],
         None, "<|im_end|>"),
 }
+END_OF_TURN = {"mistral": "</s>", "llama3": "<|eot_id|>", "qwen": "<|im_end|>"}
 
 
 def make_tokenizer(family):

@@ -19,7 +19,7 @@ from accelerate import Accelerator
 import common
 import train as loop
 from aloe import evaluate, generate_personas, report, simulate, train
-from conftest import ROOT, make_model, make_tokenizer, read_lines, run_stage, write_rows
+from conftest import END_OF_TURN, ROOT, TEMPLATES, make_model, make_tokenizer, read_lines, run_stage, write_rows
 from test_prompts import text
 
 # ------------------------------------------------------------ the metric
@@ -167,9 +167,11 @@ ROUNDS = [{"user": "Hi!", "revealed": "R1", "preferred": "p one", "rejected": "r
            "cut": ["rejected"]}]
 
 
-def test_the_mask_as_text():
+@pytest.mark.parametrize("family", TEMPLATES)
+def test_the_mask_as_text(family):
     """One reply a round. The walked history is before it, with the rejected reply that was walked, and nothing else."""
-    tokenizer = make_tokenizer("llama3")
+    tokenizer = make_tokenizer(family)
+    blank, end = " " if family == "mistral" else "", END_OF_TURN[family]
     pairs, history = train.round_examples(tokenizer, ROUNDS), []
     for r, pair in zip(ROUNDS, pairs):
         asked = [*history, {"role": "user", "content": r["user"]}]
@@ -177,7 +179,7 @@ def test_the_mask_as_text():
             first = len(common.prompt_ids(tokenizer, asked))
             assert ids[:first] == common.prompt_ids(tokenizer, asked), "what the model sees when it is asked"
             assert labels == [-100] * first + ids[first:]
-            assert tokenizer.decode(ids[first:]) == r[name] + ("" if name in r.get("cut", ()) else "<|eot_id|>")
+            assert tokenizer.decode(ids[first:]) == blank + r[name] + ("" if name in r.get("cut", ()) else end)
         history = [*asked, {"role": "assistant", "content": r[r["chosen"]]}]
     dealt = train.round_examples(tokenizer, ROUNDS, coin=lambda i: i == 1)
     assert dealt[0] == pairs[0] and dealt[1] == {"preferred": pairs[1]["rejected"], "rejected": pairs[1]["preferred"]}

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import common
 import train
-from conftest import make_tokenizer, read_lines, save_model, write_rows
+from conftest import END_OF_TURN, TEMPLATES, make_tokenizer, read_lines, save_model, write_rows
 
 PAIR = {"task_id": "A0", "persona_id": "Ap0"}
 TALK = [{"role": "assistant", "content": "Green or black?"}, {"role": "user", "content": "Green."},
@@ -32,23 +32,24 @@ def examples_of(world, tokenizer, rows=None, target="response", max_length=2048)
     return train.read_examples(args, tokenizer)
 
 
+@pytest.mark.parametrize("family", TEMPLATES)
 @pytest.mark.parametrize("target, said", [("response", ["Green or black?", "Hot?", "Try sencha."]),
                                           ("none", ["Green or black?", "Hot?"]),
                                           ("gold", ["Green or black?", "Hot?", "Ann, gyokuro!"])])
-def test_supervised_tokens_for_each_target(world, target, said):
+def test_supervised_tokens_for_each_target(world, family, target, said):
     """A response that was cut did not end there: no end is learned of it."""
-    tokenizer = make_tokenizer("mistral")
+    tokenizer, end = make_tokenizer(family), END_OF_TURN[family]
     row = {**PAIR, "sample": 1, "conversation": TALK, "gold_log_prob": -3.5, "response": "Try sencha."}
     write_rows(world.path("gold.jsonl"), [{**world.gold[0], "gold": "Ann, gyokuro!"}])
     (ids, labels), = examples_of(world, tokenizer, [row], target)[0]["A0", "Ap0"]
-    learned = "".join(f" {text}</s>" for text in said)
+    learned = "".join((" " if family == "mistral" else "") + text + end for text in said)
     assert tokenizer.decode([label for label in labels if label != -100]) == learned
     context = tokenizer.decode(ids)
     assert "My name is Ann." in context and "charged $2000" not in context
     assert context.count("Help me with thing 0 of A.") == (1 if target == "none" else 2)
     (ids, labels), = examples_of(world, tokenizer, [{**row, "cut": True}], target)[0]["A0", "Ap0"]
     assert tokenizer.decode([label for label in labels if label != -100]) == (
-        learned.removesuffix("</s>") if target == "response" else learned) and len(ids) == len(labels)
+        learned.removesuffix(end) if target == "response" else learned) and len(ids) == len(labels)
 
 
 def train_flags(world, base, output, *more):

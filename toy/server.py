@@ -195,7 +195,7 @@ class Handler(BaseHTTPRequestHandler):
 class Server(ThreadingHTTPServer):
     request_queue_size = 256  # clients open their connections all at once
     faults, delay = {}, 0  # {kind: share of the requests}, seconds
-    asked, lock = {}, threading.Lock()
+    lock = threading.Lock()
     reply = staticmethod(reply)  # of this world; aloe/toy/server.py has another
 
     def fault(self, body):
@@ -237,7 +237,7 @@ def main(parser=server_parser(__doc__), server_class=Server):
     for ending in (signal.SIGINT, signal.SIGTERM):              # at once, even in the middle of a request
         signal.signal(ending, lambda *_: os._exit(0))
     server = server_class(("127.0.0.1", args.port), Handler)
-    server.faults, server.delay, server.args = args.faults, args.delay, args
+    server.faults, server.asked, server.delay, server.args = args.faults, {}, args.delay, args
     url = f"http://127.0.0.1:{server.server_port}/v1"
     if args.port_file:  # atomically: a reader sees the whole URL or no file
         Path(args.port_file + ".new").write_text(url + "\n")
